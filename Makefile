@@ -1,0 +1,49 @@
+# make pi     install into .venv and run the example
+# make test   lint, types and tests; needs nothing done before it
+# make bench  measure against the floor (benchmarks/README.md)
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.NOTPARALLEL:
+.PHONY: pi test lint bench clean
+
+pi: $(VENV)/run.stamp
+	@$(BIN)/python examples/bigpi.py -n 20000000 -nmach 5
+
+test: lint
+	$(BIN)/python -m pytest $(PYTESTFLAGS)
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/dev.stamp
+	PYTHON=$(CURDIR)/$(BIN)/python benchmarks/run.sh
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist *.egg-info
+	find bigmachine examples tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# The stamps are newer than pyproject.toml exactly when what it asks for is installed.
+$(VENV)/run.stamp: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/dev.stamp: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $(VENV)/run.stamp $@
+
+$(BIN)/python:
+	@for candidate in $(PYTHON) python3.11 python3.12 python3.13 python3.14; do \
+	  if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "bigmachine needs Python 3.11 or later; $(PYTHON) is: $$($(PYTHON) --version 2>&1). Name another: make PYTHON=/path/to/python3.11" >&2; \
+	  exit 1; \
+	fi; \
+	echo "creating $(VENV) with $$($$found --version)"; \
+	$$found -m venv --clear $(VENV) && exit 0; \
+	rm -rf $(VENV); \
+	echo "$$found cannot create a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; \
+	exit 1

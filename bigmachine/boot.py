@@ -1,0 +1,115 @@
+"""How a machine that was launched becomes RUNNING: a list of named steps, each with a deadline.
+
+=========  ===========================================================================================
+launch     the system starts it and says where it is
+connect    TLS to its supervisor: it is the machine that we started, and it is up
+check      both sides run the same bigmachine and Python
+exec       the program, re-executed there, reaches `driver.start()`
+register   the services are sent
+setup      every service process decodes them and runs their `setup`
+=========  ===========================================================================================
+
+A step that fails, or takes longer than it may, ends the machine with a `BootError` that says which, after how long,
+why, and what the machine printed last. Where the services' own code raised, it is that exception.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import BigmachineError, BootError, ProgramEnded, ProgramMismatch
+from .info import Info, python_version
+from .machine import Machine
+from .rpc.failures import decode_failure
+from .system import Launched
+
+LAUNCH, CONNECT, CHECK, EXEC, REGISTER, SETUP = "launch", "connect", "check", "exec", "register", "setup"
+
+DEADLINES: dict[str, float] = {
+    LAUNCH: 600.0,  # A cloud's instance takes minutes; a system that knows better ends it sooner.
+    CONNECT: 30.0,  # The supervisor is executing by now; a loaded host may take seconds.
+    CHECK: 30.0,
+    EXEC: 300.0,  # The program's imports, on a cold disk.
+    REGISTER: 600.0,  # The services may hold gigabytes.
+    SETUP: 3600.0,  # The user's own code: it may load a model.
+}
+"""Seconds for each step."""
+
+
+@dataclass(frozen=True)
+class Services:
+    """What is to run on a machine, encoded once for all machines of a launch."""
+
+    blob: bytes
+    parallel: frozenset[str]
+
+
+@dataclass
+class Boot:
+    """One machine's way to RUNNING. `connected` is called when the supervisor answers, before the program is there."""
+
+    machine: Machine
+    launched: Future[Launched]
+    services: Services
+    connected: Callable[[], None]
+    console: Callable[[], str]
+    decode: Any
+    timeline: list[tuple[str, float]] = field(default_factory=list)
+    _step: str = LAUNCH
+    _started: float = 0.0
+
+    def run(self) -> None:
+        """Take the steps. Raises `BootError`, or what the services' own code raised."""
+        machine = self.machine
+        begun = time.monotonic()
+        try:
+            self._enter(LAUNCH)
+            place = self.launched.result(DEADLINES[LAUNCH])
+            machine.located(place.host, place.port, place.maxprocs)
+            self._enter(CONNECT)
+            machine.supervisor.connection(DEADLINES[CONNECT])
+            self._enter(CHECK)
+            self._check(self._ask("info"))
+            self.connected()
+            self._enter(EXEC)
+            self._ask("await_ready", DEADLINES[EXEC])
+            self._enter(REGISTER)
+            self._ask("register", self.services.blob, sorted(self.services.parallel))
+            self._enter(SETUP)
+            failure = self._ask("install", DEADLINES[SETUP])
+            machine.parallel = self.services.parallel
+        except Exception as error:
+            raise self._failed(error, time.monotonic() - begun) from error
+        self._enter("")
+        if failure is not None:
+            raise decode_failure(failure, method="setup", address=machine.addr, codec=self.decode)
+
+    def _enter(self, step: str) -> None:
+        now = time.monotonic()
+        if self.timeline or self._started:
+            self.timeline.append((self._step, now - self._started))
+        self._step = step
+        self._started = now
+
+    def _ask(self, method: str, *args: Any) -> Any:
+        timeout = DEADLINES[self._step] + 5.0
+        return self.machine.supervisor.call(f"Supervisor.{method}", args, {}, timeout)
+
+    def _check(self, info: Info) -> None:
+        if info.python != python_version():
+            raise ProgramMismatch("the Python version", python_version(), info.python)
+
+    def _failed(self, error: Exception, elapsed: float) -> BaseException:
+        if self.machine.error is not None:
+            return self.machine.error  # It was stopped meanwhile, by somebody who knew why.
+        if isinstance(error, ProgramEnded):
+            step = EXEC if self._step in (EXEC, REGISTER) else self._step
+            return BootError(self.machine.addr, step, elapsed, error.reason, error.output)
+        reason = str(error) or type(error).__name__
+        if not isinstance(error, (BigmachineError, OSError, TimeoutError)):
+            reason = f"{type(error).__name__}: {reason}"
+        return BootError(self.machine.addr, self._step, elapsed, reason, self.console())

@@ -1,0 +1,141 @@
+"""`driver.start()`: the line at which a program becomes a cluster.
+
+In the process that the user started it returns a session. In a machine's service process, which is the same program
+executed again, it never returns: that process serves from there on. What stands above it runs everywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import os
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    from .session import Session
+    from .system import Launcher, Program
+
+CONTROL = "BIGMACHINE_CONTROL"
+"""As in `supervisor.control`, which only a worker imports."""
+
+PREFIX = "bigm."
+
+FLAGS: dict[str, tuple[type, str]] = {
+    "system": (str, "where machines come from: local (default), test, or one that a package registers"),
+    "maxprocs": (int, "service processes of a machine that parallel methods may use (local: 1)"),
+    "port": (int, "local: port of the first machine, the next ones count up (0: any free port)"),
+}
+"""Every flag: its type and its help. A system takes those that its launcher has a parameter for."""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add bigmachine's flags to the program's own parser: ``-bigm.system local`` or ``--bigm.system=local``, ….
+
+    `start` looks at what was parsed. Without this call `start` takes its flags out of ``sys.argv`` itself.
+    """
+    group = parser.add_argument_group("bigmachine")
+    for name, (kind, text) in FLAGS.items():
+        group.add_argument(
+            f"-{PREFIX}{name}", f"--{PREFIX}{name}", type=kind, default=None, help=text, action=_Remember, metavar="X"
+        )
+
+
+class _Remember(argparse.Action):
+    """Parsed like any option, and kept for `start`."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        _parsed[self.dest.removeprefix(PREFIX)] = values
+
+
+_parsed: dict[str, Any] = {}
+
+
+def take_flags(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """bigmachine's flags in `argv`, and what is left of it. Raises `UsageError` on an unknown one or a bad value."""
+    flags: dict[str, Any] = {}
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word == "--":
+            rest.extend((word, *words))
+            break
+        stripped = word[2:] if word.startswith("--") else word[1:] if word.startswith("-") else ""
+        if not stripped.startswith(PREFIX):
+            rest.append(word)
+            continue
+        name, equals, value = stripped.removeprefix(PREFIX).partition("=")
+        if name not in FLAGS:
+            raise UsageError(f"unknown flag -{PREFIX}{name}; there are {', '.join(f'-{PREFIX}{flag}' for flag in FLAGS)}")
+        if not equals:
+            value = next(words, "")
+        try:
+            flags[name] = FLAGS[name][0](value)
+        except ValueError:
+            raise UsageError(f"flag -{PREFIX}{name}: not a valid {FLAGS[name][0].__name__}: {value!r}") from None
+    return flags, rest
+
+
+def start(system: str | Launcher | None = None, **options: Any) -> Session:
+    """Become a driver, and return its session; in a machine's service process, serve and never return.
+
+    `system` is a name or a launcher; by default what the flag ``-bigm.system`` says, else ``local``. `options` are the
+    system's own (``maxprocs=4``) and override flags. Raises `UsageError` on an unknown system or option.
+    """
+    main_names = _main_names()
+    if CONTROL in os.environ:
+        from .supervisor.control import ControlSocket  # Only workers need it, and they need nothing of what is below.
+        from .worker import run
+
+        control = ControlSocket.from_environment()
+        if control is not None:
+            run(control, main_names)
+    flags, rest = take_flags(sys.argv[1:])
+    if flags and not _parsed:
+        sys.argv[1:] = rest
+    merged = {**flags, **_parsed, **options}
+    chosen = merged.pop("system", None)
+    from .launch import open_session, own_program  # Ditto, for the driver: cryptography alone takes 60 ms.
+
+    program = own_program()
+    session = open_session(system or chosen or "local", merged, set(options), program, main_names)
+    _end_at_exit(session)
+    return session
+
+
+def start_bare(system: str | Launcher = "local", *, program: Program | None = None, **options: Any) -> Session:
+    """``bigmachine.start``: a session without a program that is executed again, for notebooks, shells and tests.
+
+    Machines run the bare toolkit; services whose classes they cannot import travel by value. With `program`, machines
+    execute that instead; it must reach `driver.start()`.
+    """
+    from .launch import bare_program, open_session  # As in `start`.
+
+    session = open_session(system, options, set(options), program or bare_program(), frozenset())
+    _end_at_exit(session)
+    return session
+
+
+def _main_names() -> frozenset[str]:
+    """The names of `__main__` that a machine's `__main__` has too, as it runs up to the same line."""
+    main: Mapping[str, Any] = vars(sys.modules["__main__"])
+    return frozenset(main)
+
+
+def _end_at_exit(session: Session) -> None:
+    """A program that does not use ``with`` leaves nothing behind either."""
+    reference = weakref.ref(session)
+
+    def end() -> None:
+        session = reference()
+        if session is not None:
+            session.shutdown()
+
+    atexit.register(end)

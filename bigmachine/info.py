@@ -1,0 +1,63 @@
+"""What machines say about themselves: values that cross the wire, all of them plain and small."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Info:
+    """Who a machine is and what it runs. `digest` is the program's (empty where it is not packed)."""
+
+    id: str
+    hostname: str
+    pid: int
+    maxprocs: int
+    python: str
+    platform: str
+    version: str
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class MemInfo:
+    """Memory in bytes: of the machine's host, and what the machine's own processes hold (`processes`)."""
+
+    total: int
+    available: int
+    used: int
+    used_percent: float
+    processes: int
+
+
+@dataclass(frozen=True)
+class DiskInfo:
+    """The file system that holds the machine's temporary files, in bytes."""
+
+    total: int
+    free: int
+    used: int
+    used_percent: float
+    path: str
+
+
+@dataclass(frozen=True)
+class LoadInfo:
+    """Load averages of the host over 1, 5 and 15 minutes: processes that run or wait for a processor or a disk."""
+
+    load1: float
+    load5: float
+    load15: float
+
+
+def python_version() -> str:
+    """The minor version, ``"3.11"``: what driver and machine must share, as pickles and bytecode depend on it."""
+    return f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def platform_name() -> str:
+    """``linux/amd64``, ``darwin/arm64``, …"""
+    machine = platform.machine().lower()
+    return f"{sys.platform}/{ {'x86_64': 'amd64', 'aarch64': 'arm64'}.get(machine, machine) }"

@@ -1,0 +1,708 @@
+"""The calling end: one connection to one process, made when first needed and again when it was lost.
+
+Small calls go through the call channel, larger ones and streams have an HTTP/2 stream of their own (`Exchange`); the
+wire is specified in the package's docstring.
+"""
+
+from __future__ import annotations
+
+import itertools
+import socket
+import ssl
+import threading
+import time
+from base64 import b64decode
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from ..errors import (
+    BadArguments,
+    CallRefused,
+    CallTimeout,
+    Forbidden,
+    NotReady,
+    RemoteError,
+    Unreachable,
+    UnknownMethod,
+    UsageError,
+)
+from .calls import Call, Outcome, Pending
+from .channel import (
+    CALL,
+    CANCEL,
+    LARGE,
+    MAX_BUFFERS,
+    RAISED,
+    REFUSED,
+    RESULT,
+    SMALL,
+    MessageError,
+    Messages,
+    call_parts,
+    pack,
+    parse_refused,
+    parse_result,
+)
+from .codec import Codec, Encoded
+from .connection import MAX_STREAMS, Connection, Data, Ended, Event, Filled, GoneAway, Headed, Reset
+from .failures import decode_failure
+from .reactor import Reactor
+from .stats import Stats
+from .streams import Body, Inbox, Items, Stream, layout, parse_layout
+from .transport import Closed, Transport, handshake
+
+CONNECT_TIMEOUT = 20.0
+"""Seconds for TCP and TLS together; a machine that is up answers in milliseconds, or in a few round trips."""
+
+ACKNOWLEDGE = 256 * 1024
+"""Bytes of channel messages after which the peer's window is given back: rarely, as it costs a frame."""
+
+MAX_FAILURE = 4 * 1024 * 1024
+"""Bytes of an error body that are read: a pickled exception is at most 1 MiB, its traceback 64 KiB."""
+
+_REFUSALS: dict[int, type[CallRefused]] = {400: BadArguments, 403: Forbidden, 404: UnknownMethod, 503: NotReady}
+
+
+def refusal(status: int, method: str, reason: str) -> CallRefused:
+    """The error for a 4xx or 503 answer."""
+    return _REFUSALS.get(status, CallRefused)(method, reason)
+
+
+class Exchange:
+    """One call on a stream of its own. `pending` is completed at its end; with `items` its body goes to `inbox` instead."""
+
+    def __init__(self, pending: Pending, *, items: bool = False) -> None:
+        self.pending = pending
+        self.stream = 0
+        self.status = 0
+        self.body: Body | None = None
+        self.failure = bytearray()
+        self.inbox: Inbox | None = None
+        self.items = items
+
+
+class ClientConnection:
+    """One connection. Made by `Client`; ends once, and then every call on it fails."""
+
+    def __init__(
+        self,
+        sock: ssl.SSLSocket,
+        authority: str,
+        address: str,
+        codec: Codec,
+        reactor: Reactor,
+        stats: Stats,
+        explain: Callable[[Unreachable], BaseException],
+    ) -> None:
+        self.address = address
+        self._explain = explain
+        self._authority = authority
+        self._codec = codec
+        self._reactor = reactor
+        self._stats = stats
+        self._connection = Connection(client=True)
+        self._numbers = itertools.count(1)
+        self._pendings: dict[int, Pending] = {}
+        self._exchanges: dict[int, Exchange] = {}
+        self._slots = threading.Semaphore(MAX_STREAMS - 1)  # The channel has one.
+        self._channel = 0
+        self._messages = Messages()
+        self._unacknowledged = 0
+        self.transport = Transport(sock, self._connection, reactor, self, leads=True)
+        self.transport.start()
+
+    @property
+    def usable(self) -> bool:
+        """New calls may be started."""
+        return self.transport.closed is None and self._connection.goaway is None
+
+    @property
+    def closed(self) -> Closed | None:
+        return self.transport.closed
+
+    # -- Calls -------------------------------------------------------------------------------------------------------
+
+    def start(self, method: str, encoded: Encoded, timeout: float, call: Call[Any] | None) -> Pending:
+        """Send a call. Raises `Unreachable` where it could not be sent."""
+        pending = Pending(method, encoded.nbytes)
+        pending.call = call
+        if encoded.nbytes > SMALL or encoded.streams or len(encoded.buffers) > MAX_BUFFERS:
+            exchange = Exchange(pending)
+            self._open(exchange, method, encoded, timeout)
+            return pending
+        message = call_parts(method.encode(), timeout, encoded.pickle, encoded.buffers)
+        transport, connection = self.transport, self._connection
+        if connection.out_bytes > SMALL:
+            transport.wait_for_room()
+        number = next(self._numbers)
+        pending.number = number
+        data = pack(CALL, number, *message)
+        size = len(data)
+        with transport.lock:
+            if transport.closed is not None or connection.goaway is not None:
+                raise self._not_sent()
+            if not self._channel:
+                self._channel = connection.open(self._headers("", "application/x-bigmachine-calls"))
+            fits = connection.window(self._channel) >= size
+            if fits:
+                self._pendings[number] = pending
+                connection.send_data(self._channel, size, data)
+                transport.flush()
+        if not fits:
+            self._pendings[number] = pending
+            self._send_on_channel(data)
+        return pending
+
+    def _send_on_channel(self, data: bytes) -> None:
+        """The slow way, when the channel's window is used up: calls wait here until the machine has taken others."""
+        try:
+            self.transport.send_body(self._channel, [data])
+        except Closed:
+            pass  # `on_closed` has completed, or will complete, the call.
+
+    def _not_sent(self) -> Unreachable:
+        closed = self.transport.closed
+        return Unreachable(self.address, str(closed) if closed else "the connection is going away", sent=False)
+
+    def _headers(self, path: str, content_type: str, *more: tuple[str, str]) -> list[tuple[str, str]]:
+        return [
+            (":method", "POST"),
+            (":scheme", "https"),
+            (":authority", self._authority),
+            (":path", f"/bigrpc/{path}"),
+            ("content-type", content_type),
+            *more,
+        ]
+
+    def _open(self, exchange: Exchange, method: str, encoded: Encoded, timeout: float) -> None:
+        """Start `exchange` and send its request, on this thread."""
+        more = [("bigm-layout", layout(encoded.pickle, encoded.buffers))]
+        if timeout:
+            more.append(("bigm-timeout", f"{timeout:.6f}"))
+        if exchange.items:
+            more.append(("accept", "application/x-bigmachine-items"))
+        if encoded.streams:
+            more.append(("bigm-stream", "1"))
+        if len(encoded.streams) > 1:
+            raise UsageError(f"{method}: one argument of a call can be a Stream, not {len(encoded.streams)}")
+        self._begin(exchange, self._headers(method, "application/x-bigmachine-pickle", *more))
+        try:
+            alive = self.transport.send_body(exchange.stream, [encoded.pickle, *encoded.buffers])
+            for stream in encoded.streams:
+                alive = alive and self._send_stream(exchange, stream)
+        except Closed:
+            return  # `on_closed` completes it.
+        if alive:
+            with self.transport.lock:
+                self._connection.end(exchange.stream)
+                self.transport.flush()
+
+    def _send_stream(self, exchange: Exchange, stream: Stream) -> bool:
+        try:
+            return self.transport.send_body(exchange.stream, stream.chunks())
+        except Closed:
+            raise
+        except BaseException as error:
+            self._give_up(exchange, error)
+            raise
+
+    def _begin(self, exchange: Exchange, headers: Sequence[tuple[str, str]], *, end: bool = False) -> None:
+        transport = self.transport
+        while not self._slots.acquire(timeout=1.0):
+            if transport.closed is not None:
+                raise self._not_sent()
+        with transport.lock:
+            if transport.closed is not None or self._connection.goaway is not None:
+                self._slots.release()
+                raise self._not_sent()
+            exchange.stream = self._connection.open(headers, end=end)
+            self._exchanges[exchange.stream] = exchange
+            transport.flush()
+
+    def stream(self, method: str, encoded: Encoded, timeout: float) -> ItemStream:
+        """Call a generator method."""
+        exchange = Exchange(Pending(method, encoded.nbytes), items=True)
+        exchange.inbox = Inbox(lambda size: self._consumed(exchange.stream, size))
+        self._open(exchange, method, encoded, timeout)
+        return ItemStream(self, exchange, timeout)
+
+    def cancel(self, pending: Pending) -> None:
+        """Give `pending` up, on the far side too."""
+        with self.transport.lock:
+            if self.transport.closed is not None:
+                return
+            if self._pendings.pop(pending.number, None) is not None:
+                if self._connection.window(self._channel) >= 9:
+                    self._connection.send_data(self._channel, 9, pack(CANCEL, pending.number))
+                self.transport.flush()
+        exchange = next((found for found in self._exchanges.values() if found.pending is pending), None)
+        if exchange is not None:
+            self._give_up(exchange, None)
+
+    def _give_up(self, exchange: Exchange, error: BaseException | None) -> None:
+        self._drop(exchange)
+        with self.transport.lock:
+            if self.transport.closed is None:
+                self._connection.reset(exchange.stream)
+                self.transport.flush()
+        if exchange.inbox is not None:
+            exchange.inbox.end(error)
+
+    def _drop(self, exchange: Exchange) -> bool:
+        if self._exchanges.pop(exchange.stream, None) is None:
+            return False
+        self._slots.release()
+        return True
+
+    def _consumed(self, stream: int, size: int) -> None:
+        with self.transport.lock:
+            if self.transport.closed is None:
+                self._connection.consumed(stream, size)
+                self.transport.flush()
+
+    def close(self, reason: str) -> None:
+        """Say goodbye and end the connection; calls under way fail with `reason`."""
+        with self.transport.lock:
+            self._connection.close(0, reason)
+            self.transport.flush()
+        self.transport.fail(Closed(reason))
+
+    # -- What arrives (connection owner) -----------------------------------------------------------------------------
+
+    def on_readable(self) -> None:
+        """A reactor worker reads while nobody waits."""
+        self.transport.read()
+        self.transport.release()
+
+    def on_event(self, event: Event) -> None:
+        """Dispatch; by the holder of the role."""
+        if event[0] == self._channel and type(event) is Data:
+            self._on_channel(event)
+            return
+        if type(event) is GoneAway:
+            self._on_goaway(event)
+            return
+        exchange = self._exchanges.get(event[0])
+        if exchange is None:
+            if event[0] == self._channel and type(event) in (Reset, Ended):
+                self.transport.fail(Closed("the peer closed the call channel"))
+            return
+        if type(event) is Headed:
+            self._on_headed(exchange, event)
+        elif type(event) is Data:
+            self._on_data(exchange, event)
+        elif type(event) is Ended:
+            self._on_ended(exchange, event.trailers)
+        elif type(event) is Reset:
+            self._on_reset(exchange, event)
+        elif type(event) is Filled:
+            pass  # The end follows.
+
+    def _on_channel(self, event: Data) -> None:
+        try:
+            messages = self._messages.feed(event.data)
+        except MessageError as error:
+            self.transport.fail(Closed(str(error)))
+            return
+        for kind, number, body in messages:
+            pending = self._pendings.pop(number, None)
+            if pending is None:
+                continue  # Cancelled.
+            if kind == RESULT:
+                pending.received = len(body)
+                self._finish(pending, self._result_outcome(body))
+            elif kind == RAISED:
+                self._finish(pending, self._failure_outcome(pending, bytes(body)), failed=True)
+            elif kind == REFUSED:
+                self._finish(pending, _raiser(refusal(parse_refused(body)[0], pending.method, parse_refused(body)[1])))
+            elif kind == LARGE:
+                self._collect(pending)
+        self._unacknowledged += event.size
+        if self._unacknowledged >= ACKNOWLEDGE:
+            self._consumed(self._channel, self._unacknowledged)
+            self._unacknowledged = 0
+
+    def _collect(self, pending: Pending) -> None:
+        """The reply is large: ask for it on a stream of its own. On a worker, as a stream may have to be waited for."""
+        headers = self._headers("-/reply", "application/octet-stream", ("bigm-call", str(pending.number)))
+        exchange = Exchange(pending)
+
+        def begin() -> None:
+            try:
+                self._begin(exchange, headers, end=True)
+            except Unreachable as error:
+                self._finish(pending, _raiser(Unreachable(self.address, error.reason, sent=True)))
+
+        if self._slots.acquire(blocking=False):
+            self._slots.release()
+            begin()
+        else:
+            self._reactor.execute(begin)
+
+    def _on_headed(self, exchange: Exchange, event: Headed) -> None:
+        exchange.status = int(event.headers.get(":status", "0"))
+        if exchange.status == 200 and not exchange.items and "bigm-layout" in event.headers:
+            try:
+                exchange.body = Body(parse_layout(event.headers["bigm-layout"]))
+            except (MemoryError, ValueError) as error:
+                self._end_exchange(exchange, _raiser(_no_memory(exchange.pending.method, error)))
+                self._reset(exchange.stream)
+                return
+            with self.transport.lock:
+                self._connection.set_sink(event.stream, exchange.body)
+                self.transport.flush()
+        if exchange.items and exchange.status == 200:
+            exchange.pending.wake()
+        if event.ended:
+            self._on_ended(exchange, {})
+
+    def _on_data(self, exchange: Exchange, event: Data) -> None:
+        if exchange.status != 200:
+            if len(exchange.failure) < MAX_FAILURE:
+                exchange.failure += event.data
+            self._consumed(event.stream, event.size)
+        elif exchange.inbox is not None:
+            exchange.inbox.feed(event.data, event.size)
+            exchange.pending.wake()
+        elif exchange.body is not None:
+            copy_into(exchange.body, event.data)
+        else:
+            self._consumed(event.stream, event.size)
+
+    def _on_ended(self, exchange: Exchange, trailers: dict[str, str]) -> None:
+        pending = exchange.pending
+        if "bigm-error" in trailers:
+            failure = b64decode(trailers["bigm-error"])
+            self._end_exchange(exchange, self._failure_outcome(pending, failure), failed=True)
+        elif exchange.status == 590:
+            self._end_exchange(exchange, self._failure_outcome(pending, bytes(exchange.failure)), failed=True)
+        elif exchange.status != 200:
+            reason = exchange.failure.decode("utf-8", "replace") or f"HTTP status {exchange.status}"
+            self._end_exchange(exchange, _raiser(refusal(exchange.status, pending.method, reason)))
+        elif exchange.items:
+            self._end_exchange(exchange, None)
+        elif exchange.body is None or exchange.body.left:
+            self._end_exchange(exchange, _raiser(Unreachable(self.address, "the reply was cut short", sent=True)))
+        else:
+            body = exchange.body
+            pending.received = body.size
+            self._end_exchange(exchange, lambda: self._codec.decode(body.pickle, body.buffers))
+
+    def _on_reset(self, exchange: Exchange, event: Reset) -> None:
+        refused = event.code == 0x7  # REFUSED_STREAM: it certainly did not run.
+        reason = "the machine refused the stream" if refused else f"the machine gave the call up (HTTP/2 code {event.code})"
+        self._end_exchange(exchange, _raiser(Unreachable(self.address, reason, sent=not refused)))
+
+    def _on_goaway(self, event: GoneAway) -> None:
+        reason = event.reason or "the machine is going away"
+        for stream, exchange in list(self._exchanges.items()):
+            if stream > event.last:
+                self._end_exchange(exchange, _raiser(Unreachable(self.address, reason, sent=False)))
+        if event.code:
+            self.transport.fail(Closed(f"the peer closed the connection: {reason} (HTTP/2 code {event.code})"))
+
+    def on_closed(self, closed: Closed) -> None:
+        """Every call under way fails, as soon as it is known why."""
+        pendings = list(self._pendings.values())
+        self._pendings.clear()
+        exchanges = list(self._exchanges.values())
+        if not pendings and not exchanges:
+            return
+
+        def fail() -> None:
+            error = self.lost(closed)
+            for pending in pendings:
+                self._finish(pending, _raiser(error), failed=True)
+            for exchange in exchanges:
+                self._end_exchange(exchange, _raiser(error), failed=True)
+
+        self._reactor.execute(fail)
+
+    def lost(self, closed: Closed) -> BaseException:
+        """The error for a call that was under way when the connection ended. A refused certificate shows only after
+        the request was sent, and then nothing ran."""
+        refused = "ALERT" in str(closed) or "CERTIFICATE" in str(closed)
+        return self._explain(Unreachable(self.address, str(closed), sent=not refused))
+
+    # -- Completion --------------------------------------------------------------------------------------------------
+
+    def _reset(self, stream: int) -> None:
+        with self.transport.lock:
+            self._connection.reset(stream)
+            self.transport.flush()
+
+    def _end_exchange(self, exchange: Exchange, outcome: Outcome | None, *, failed: bool = False) -> None:
+        if not self._drop(exchange):
+            return
+        if exchange.inbox is not None:
+            exchange.inbox.end(_error_of(outcome))
+        self._finish(exchange.pending, outcome or (lambda: None), failed=failed)
+
+    def _finish(self, pending: Pending, outcome: Outcome, *, failed: bool = False) -> None:
+        """Complete `pending`. A future is completed here, unless that may take long or run somebody's code."""
+        seconds = time.perf_counter() - pending.started
+        self._stats.record(pending.method, seconds, pending.sent, pending.received, failed)
+        pending.outcome = outcome
+        if pending.timer is not None:
+            pending.timer.cancel()
+        call = pending.call
+        if call is None:
+            pending.wake()
+            return
+
+        def complete() -> None:
+            call.complete(outcome)
+            pending.wake()
+
+        if call.watched or pending.received > SMALL:
+            self._reactor.execute(complete)
+        else:
+            complete()
+
+    def _result_outcome(self, body: memoryview) -> Outcome:
+        def outcome() -> Any:
+            pickle, buffers = parse_result(body)
+            return self._codec.decode(pickle, buffers)
+
+        return outcome
+
+    def _failure_outcome(self, pending: Pending, failure: bytes) -> Outcome:
+        def outcome() -> Any:
+            raise decode_failure(failure, method=pending.method, address=self.address, codec=self._codec)
+
+        return outcome
+
+
+def copy_into(body: Body, data: bytes | bytearray) -> None:
+    """Bytes that had arrived before the memory was there. More than was announced is dropped."""
+    view = memoryview(data)
+    while body.left and view:
+        target = body.view()
+        n = min(len(target), len(view))
+        target[:n] = view[:n]
+        body.advance(n)
+        view = view[n:]
+
+
+def _raiser(error: BaseException) -> Outcome:
+    def outcome() -> Any:
+        raise error
+
+    return outcome
+
+
+def _error_of(outcome: Outcome | None) -> BaseException | None:
+    if outcome is None:
+        return None
+    try:
+        outcome()
+    except BaseException as error:
+        return error
+    return None
+
+
+def _no_memory(method: str, error: Exception) -> Exception:
+    if isinstance(error, MemoryError):
+        return MemoryError(f"no memory for the reply of {method}: {error}")
+    return RemoteError(method, type(error).__name__, str(error))
+
+
+class ItemStream(Iterator[Any]):
+    """Iterates over what a generator method yields, as it comes. The method runs ahead by at most the stream's window.
+
+    ``close()`` (or the end of a ``with`` block) closes the generator there. ``timeout`` of the call bounds the whole.
+    """
+
+    def __init__(self, connection: ClientConnection, exchange: Exchange, timeout: float) -> None:
+        self._connection = connection
+        self._exchange = exchange
+        self._items = Items()
+        self._ready: list[Body] = []
+        self._deadline = time.monotonic() + timeout if timeout else None
+        self._timeout = timeout
+        self._over = False
+
+    def __iter__(self) -> ItemStream:
+        return self
+
+    def __next__(self) -> Any:
+        """The next item. Raises what the method raised, `CallTimeout`, `Unreachable`."""
+        exchange = self._exchange
+        assert exchange.inbox is not None
+        while not self._ready and not self._over:
+            self._wait()
+            try:
+                chunk = exchange.inbox.take()
+            except BaseException:
+                self._over = True
+                raise
+            if chunk is None:
+                self._over = True
+            else:
+                self._ready.extend(self._items.feed(chunk))
+        if not self._ready:
+            raise StopIteration
+        body = self._ready.pop(0)
+        return self._connection._codec.decode(body.pickle, body.buffers)
+
+    def _wait(self) -> None:
+        """Until the inbox has something; reads the connection on this thread where nobody does."""
+        exchange = self._exchange
+        assert exchange.inbox is not None
+        pending = exchange.pending
+        while not exchange.inbox.ready():
+            pending.done = False
+            if exchange.inbox.ready():
+                return
+            if not self._connection.transport.wait(pending, self._deadline):
+                self.close()
+                raise CallTimeout(pending.method, self._connection.address, self._timeout)
+            if self._connection.closed is not None:
+                exchange.inbox.wait(1.0)  # `on_closed` is on its way to it.
+
+    def close(self) -> None:
+        """Close the generator on the far side; further iteration ends. Idempotent."""
+        self._over = True
+        self._ready.clear()
+        if self._exchange.stream in self._connection._exchanges:
+            self._connection._give_up(self._exchange, None)
+
+    def __enter__(self) -> ItemStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not self._over:
+            self.close()
+
+
+class Client:
+    """Calls to one process of one machine, over one connection that is made when first needed."""
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        server_name: str,
+        context: ssl.SSLContext,
+        codec: Codec,
+        reactor: Reactor,
+        *,
+        address: str,
+        explain: Callable[[Unreachable], BaseException] = lambda error: error,
+    ) -> None:
+        self.address = address
+        self._explain = explain
+        self.stats = Stats()
+        self.codec = codec
+        self._host, self._port = host, port
+        self._server_name = server_name
+        self._context = context
+        self._reactor = reactor
+        self._lock = threading.Lock()
+        self._connection: ClientConnection | None = None
+        self._closed = ""
+
+    def connection(self, timeout: float | None = None) -> ClientConnection:
+        """The connection, made anew where there is none. Raises `Unreachable(sent=False)`."""
+        connection = self._connection
+        if connection is not None and connection.usable:
+            return connection
+        with self._lock:
+            if self._closed:
+                raise Unreachable(self.address, self._closed, sent=False)
+            if self._connection is None or not self._connection.usable:
+                self._connection = self._connect(min(CONNECT_TIMEOUT, timeout or CONNECT_TIMEOUT))
+            return self._connection
+
+    def _connect(self, timeout: float) -> ClientConnection:
+        deadline = time.monotonic() + timeout
+        try:
+            raw = socket.create_connection((self._host, self._port), timeout)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise Unreachable(self.address, f"cannot connect to {self._host}:{self._port}: {reason}") from error
+        try:
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            raw.setblocking(False)
+            sock = self._context.wrap_socket(
+                raw, server_hostname=self._server_name, do_handshake_on_connect=False, suppress_ragged_eofs=True
+            )
+            try:
+                handshake(sock, deadline)
+                if sock.selected_alpn_protocol() != "h2":
+                    raise Closed("the peer does not speak HTTP/2")
+                return ClientConnection(
+                    sock, self._server_name, self.address, self.codec, self._reactor, self.stats, self._explain
+                )
+            except BaseException:
+                sock.close()
+                raise
+        except Closed as error:
+            raise Unreachable(self.address, str(error), sent=False) from error
+        except BaseException:
+            raw.close()
+            raise
+
+    def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout: float | None = None) -> Any:
+        """Call `method` and return its result. Raises what it raised, or a `BigmachineError`."""
+        encoded = self.codec.encode_call(method, args, kwargs)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        connection = self.connection(timeout)
+        pending = connection.start(method, encoded, timeout or 0.0, None)
+        connection.transport.wait(pending, deadline)
+        outcome = pending.outcome
+        if outcome is not None:
+            return outcome()
+        if connection.closed is not None:
+            raise connection.lost(connection.closed)
+        connection.cancel(pending)
+        raise CallTimeout(method, self.address, timeout or 0.0)
+
+    def submit(self, call: Call[Any], method: str, encoded: Encoded, timeout: float | None = None) -> None:
+        """Send a call; `call` is completed when it ends. Returns when the arguments are on their way."""
+        connection = self.connection(timeout)
+        pending = connection.start(method, encoded, timeout or 0.0, call)
+        transport = connection.transport
+        call.under_way(lambda deadline: _wait(transport, pending, deadline), lambda: connection.cancel(pending))
+        if timeout is not None:
+            error = CallTimeout(method, self.address, timeout)
+
+            def expire() -> None:
+                if not pending.done:
+                    connection.cancel(pending)
+                    call.complete(_raiser(error))
+                    pending.wake()
+
+            timer = self._reactor.call_later(timeout, expire)
+            if pending.done:
+                timer.cancel()
+            else:
+                pending.timer = timer
+
+    def stream(
+        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout: float | None = None
+    ) -> ItemStream:
+        """Call a generator method; iterate over the result."""
+        encoded = self.codec.encode_call(method, args, kwargs)
+        return self.connection(timeout).stream(method, encoded, timeout or 0.0)
+
+    @property
+    def connected(self) -> bool:
+        """There is a connection that can be used."""
+        connection = self._connection
+        return connection is not None and connection.usable
+
+    def close(self, reason: str = "closed") -> None:
+        """End the connection; calls under way, and later ones, fail with `reason`."""
+        with self._lock:
+            self._closed = self._closed or reason
+            connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close(reason)
+
+
+def _wait(transport: Transport, pending: Pending, deadline: float | None) -> None:
+    transport.wait(pending, deadline)

@@ -1,0 +1,525 @@
+"""One HTTP/2 connection, either end, without any I/O.
+
+Theory of operation
+-------------------
+Rule 1. `h2` is the protocol machine: the preface, SETTINGS, header blocks, the states of streams, RST_STREAM, PING, GOAWAY
+and the windows for *sending* are its own. Every frame but one goes through it.
+
+Rule 2. The exception is the payload of DATA frames, which never passes through `h2`: a frame on an open stream costs about
+20 µs at each end there, and every byte of it is copied three times. Here the nine bytes of a frame's header are read and
+written directly, and a payload is received straight into the buffer that the application will get (`sink`). `h2` still
+learns of END_STREAM (as an empty DATA frame), and its windows are debited for what is sent, so that its state is true. Only a
+request with a `content-length`, which `h2` insists on checking, goes through it whole: no client of ours sends one.
+
+Rule 3. Windows for *receiving* are kept here. A stream's is given back when the application consumes (`consumed`), never
+by the reader; a stream whose sink is the caller's own memory is given all that it needs at once. The connection's is given
+back at arrival: what is unread is bounded stream by stream, and one slow stream does not stall the others.
+
+Rule 4. Calls are not synchronised: the transport holds its lock around each. Nothing here blocks, and what is to be
+sent collects in `out`.
+
+Input goes `get_buffer()` → the transport reads into it → `received(n)`; what happened is appended to `events`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import h2.config
+import h2.connection
+import h2.errors
+import h2.events
+import h2.exceptions
+import h2.settings
+
+Headers = Sequence[tuple[str, str]]
+
+FRAME_SIZE = 256 * 1024
+"""Payload bytes of a DATA frame at most, both ways. It is what a small call may have to wait for on a connection that
+moves a large payload (0.4 ms at 700 MB/s); smaller ones cost a header, a small TLS record, more often."""
+
+STREAM_WINDOW = 4 * 1024 * 1024
+"""Bytes a peer may send on a stream ahead of its consumer: the memory that a slow reader costs. 4 MiB keep 1 Gbit/s
+busy over 30 ms. Bodies of known size are not bound by it (rule 3)."""
+
+CONNECTION_WINDOW = 2**31 - 1
+"""The largest there is: see rule 3."""
+
+MAX_STREAMS = 256
+"""Concurrent streams a peer may open: with STREAM_WINDOW the bound on what one connection can make this process hold
+(1 GiB). Small calls do not count: they share one stream."""
+
+MAX_CONTROL_FRAME = 64 * 1024
+"""A frame that is not DATA and is larger than this is refused: our header blocks are below 32 KiB."""
+
+SCRATCH = 64 * 1024
+"""Bytes read at once where nobody has asked for them: four TLS records."""
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+_HEADER = struct.Struct(">BHBBI")
+_DATA = 0x0
+_END_STREAM = 0x1
+_PADDED = 0x8
+_WINDOW_UPDATE = struct.Struct(">BHBBII")
+
+
+class ConnectionFailed(Exception):
+    """The connection cannot go on: the peer broke the protocol (`theirs`) or it ended. The text says how."""
+
+
+class Headed(NamedTuple):
+    """A request arrived (server), or a response's headers (client); `ended` where no body follows."""
+
+    stream: int
+    headers: dict[str, str]
+    ended: bool
+
+
+class Data(NamedTuple):
+    """Body bytes that no sink took. `size` is what `consumed` must be told, some time."""
+
+    stream: int
+    data: bytes | bytearray
+    size: int
+
+
+class Filled(NamedTuple):
+    """The stream's sink has got all that it wanted; further bytes come as `Data`."""
+
+    stream: int
+
+
+class Ended(NamedTuple):
+    """The peer has sent all of the stream; `trailers` may be empty."""
+
+    stream: int
+    trailers: dict[str, str]
+
+
+class Reset(NamedTuple):
+    """The peer gave the stream up; `code` is HTTP/2's."""
+
+    stream: int
+    code: int
+
+
+class GoneAway(NamedTuple):
+    """The peer takes no streams above `last`: they did not run. `reason` is its debug text."""
+
+    last: int
+    code: int
+    reason: str
+
+
+Event = Headed | Data | Filled | Ended | Reset | GoneAway
+
+
+class Sink(Protocol):
+    """Memory of the application that a body goes to. Never returns an empty view while `left` is positive."""
+
+    left: int
+
+    def view(self) -> memoryview:
+        """Where the next bytes go: contiguous, at most `left` bytes."""
+
+    def advance(self, n: int) -> None:
+        """`n` bytes were written to `view()`."""
+
+
+class _Receiving:
+    """The receiving half of one stream."""
+
+    __slots__ = ("sink", "through_h2", "unacknowledged", "window")
+
+    def __init__(self) -> None:
+        self.sink: Sink | None = None
+        self.window = STREAM_WINDOW
+        self.unacknowledged = 0
+        self.through_h2 = False
+
+
+class Connection:
+    """See the module. `out` holds what is to be sent, in order; whoever sends it takes it from there."""
+
+    def __init__(self, *, client: bool) -> None:
+        self.client = client
+        self.events: deque[Event] = deque()
+        self.out: deque[bytes | memoryview] = deque()
+        self.out_bytes = 0
+        self.windows_opened = 0  # Counts whatever may let a blocked sender go on.
+        self.goaway: GoneAway | None = None
+        self._h2 = h2.connection.H2Connection(
+            h2.config.H2Configuration(
+                client_side=client,
+                header_encoding="utf-8",
+                validate_outbound_headers=False,
+                normalize_outbound_headers=False,
+            )
+        )
+        self._h2.local_settings = h2.settings.Settings(
+            client=client,
+            initial_values={
+                h2.settings.SettingCodes.ENABLE_PUSH: 0,
+                h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: STREAM_WINDOW,
+                h2.settings.SettingCodes.MAX_FRAME_SIZE: FRAME_SIZE,
+                h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: MAX_STREAMS,
+                h2.settings.SettingCodes.MAX_HEADER_LIST_SIZE: MAX_CONTROL_FRAME,
+            },
+        )
+        self._receiving: dict[int, _Receiving] = {}
+        self._received_since_update = 0
+        self._buffer = bytearray(SCRATCH)
+        self._view = memoryview(self._buffer)
+        self._start = self._end = 0
+        self._need_preface = not client
+        self._left = 0  # Payload bytes of the current DATA frame that have not arrived.
+        self._stream = 0
+        self._ends = False
+        self._whole: bytearray | None = None  # A frame that is collected for h2, and how much of it is here.
+        self._whole_have = 0
+        self._direct = False
+        self._h2.initiate_connection()
+        self._h2.increment_flow_control_window(CONNECTION_WINDOW - 65535)
+        self._collect()
+
+    # -- Sending -----------------------------------------------------------------------------------------------------
+
+    def _collect(self) -> None:
+        data = self._h2.data_to_send()
+        if data:
+            self.out.append(data)
+            self.out_bytes += len(data)
+
+    def can_open(self) -> bool:
+        """True where the peer's limit lets this end open another stream."""
+        return self.goaway is None and self._h2.open_outbound_streams < self._h2.remote_settings.max_concurrent_streams
+
+    def open(self, headers: Headers, *, end: bool = False) -> int:
+        """Start a stream (client) with its request's headers; returns its number."""
+        try:
+            stream = self._h2.get_next_available_stream_id()
+            self._h2.send_headers(stream, headers, end_stream=end)
+        except h2.exceptions.ProtocolError as error:
+            raise ConnectionFailed(f"cannot open a stream: {error}") from error
+        self._receiving[stream] = _Receiving()
+        self._collect()
+        return stream
+
+    def send_headers(self, stream: int, headers: Headers, *, end: bool = False) -> bool:
+        """A response's headers, or the trailers of either side. False where the stream is gone."""
+        try:
+            self._h2.send_headers(stream, headers, end_stream=end)
+        except h2.exceptions.ProtocolError:
+            return False
+        self._collect()
+        self._forget_if_closed(stream)
+        return True
+
+    def window(self, stream: int) -> int:
+        """Bytes that may be sent on `stream` now; -1 where it is gone."""
+        try:
+            return self._h2.local_flow_control_window(stream)
+        except h2.exceptions.ProtocolError:
+            return -1
+
+    def send_data(self, stream: int, size: int, *parts: bytes | memoryview) -> None:
+        """One DATA frame of `size` bytes, which the caller has checked against `window` and `FRAME_SIZE`."""
+        machine = self._h2
+        machine.outbound_flow_control_window -= size
+        machine.streams[stream].outbound_flow_control_window -= size
+        header = _HEADER.pack(size >> 16, size & 0xFFFF, _DATA, 0, stream)
+        if size <= 2048:
+            self.out.append(b"".join((header, *parts)))
+        else:
+            self.out.append(header)
+            self.out.extend(parts)
+        self.out_bytes += size + 9
+
+    @property
+    def frame_size(self) -> int:
+        """Payload bytes of a DATA frame that the peer accepts, at most `FRAME_SIZE`."""
+        return min(self._h2.max_outbound_frame_size, FRAME_SIZE)
+
+    def end(self, stream: int) -> None:
+        """Half-close: nothing more will be sent on `stream`. Harmless where it is gone."""
+        try:
+            self._h2.end_stream(stream)
+        except h2.exceptions.ProtocolError:
+            return
+        self._collect()
+        self._forget_if_closed(stream)
+
+    def reset(self, stream: int, code: int = h2.errors.ErrorCodes.CANCEL) -> None:
+        """Give `stream` up. Harmless where it is gone."""
+        self._receiving.pop(stream, None)
+        try:
+            self._h2.reset_stream(stream, code)
+        except h2.exceptions.ProtocolError:
+            return
+        self._collect()
+
+    def close(self, code: int = 0, reason: str = "") -> None:
+        """Say GOAWAY: no stream is taken any more."""
+        try:
+            self._h2.close_connection(code, reason.encode()[:256] or None)
+        except h2.exceptions.ProtocolError:
+            return
+        self._collect()
+
+    def go_away(self, reason: str) -> None:
+        """Announce that new streams will be refused while those that run are finished (the peer may still send)."""
+        payload = struct.pack(">II", self._h2.highest_inbound_stream_id, 0) + reason.encode()[:256]
+        frame = struct.pack(">BHBBI", 0, len(payload), 0x7, 0, 0) + payload
+        self.out.append(frame)
+        self.out_bytes += len(frame)
+
+    # -- Receiving: flow control -------------------------------------------------------------------------------------
+
+    def set_sink(self, stream: int, sink: Sink, *, ahead: int = 0) -> None:
+        """Receive the next bytes of `stream` into `sink`; lets the peer send all of it, and `ahead` bytes more."""
+        receiving = self._receiving.get(stream)
+        if receiving is None or receiving.through_h2:
+            return
+        receiving.sink = sink
+        grant = min(sink.left + ahead, CONNECTION_WINDOW - receiving.window)
+        if grant > 0:
+            receiving.window += grant
+            self._window_update(stream, grant)
+
+    def consumed(self, stream: int, size: int) -> None:
+        """The application has consumed `size` bytes of `stream`: let the peer send as many more."""
+        receiving = self._receiving.get(stream)
+        if receiving is None:
+            return
+        if receiving.through_h2:
+            try:
+                self._h2.acknowledge_received_data(size, stream)
+            except h2.exceptions.ProtocolError:
+                return
+            self._collect()
+            return
+        receiving.unacknowledged += size
+        if receiving.unacknowledged >= STREAM_WINDOW // 2:
+            self._window_update(stream, receiving.unacknowledged)
+            receiving.window += receiving.unacknowledged
+            receiving.unacknowledged = 0
+
+    def _window_update(self, stream: int, size: int) -> None:
+        self.out.append(_WINDOW_UPDATE.pack(0, 4, 0x8, 0, stream, size))
+        self.out_bytes += 13
+
+    def _debit(self, receiving: _Receiving | None, size: int) -> None:
+        self._received_since_update += size
+        if self._received_since_update >= CONNECTION_WINDOW // 2:
+            self._window_update(0, self._received_since_update)
+            self._received_since_update = 0
+        if receiving is not None:
+            receiving.window -= size
+            if receiving.window < 0:
+                raise ConnectionFailed("the peer sent more than the flow-control window of a stream allows")
+
+    # -- Receiving ---------------------------------------------------------------------------------------------------
+
+    def get_buffer(self) -> memoryview:
+        """Where the next bytes from the network go; `direct` afterwards says whether that is a sink."""
+        self._direct = False
+        if self._whole is not None:
+            return memoryview(self._whole)[self._whole_have :]
+        if self._left and self._start == self._end:
+            receiving = self._receiving.get(self._stream)
+            if receiving is not None and receiving.sink is not None and receiving.sink.left:
+                self._direct = True
+                view = receiving.sink.view()
+                return view[: self._left] if len(view) > self._left else view
+        if self._start == self._end:
+            self._start = self._end = 0
+        elif self._end == SCRATCH:
+            rest = self._end - self._start
+            self._buffer[:rest] = self._buffer[self._start : self._end]
+            self._start, self._end = 0, rest
+        return self._view[self._end :]
+
+    @property
+    def direct(self) -> bool:
+        """The buffer of the last `get_buffer` was the application's own: it pays to fill it before `received`."""
+        return self._direct
+
+    def received(self, n: int) -> None:
+        """`n` bytes were read into the buffer. Raises `ConnectionFailed` where the peer breaks the protocol."""
+        if self._whole is not None:
+            self._whole_have += n
+            if self._whole_have == len(self._whole):
+                frame, self._whole = self._whole, None
+                self._feed(bytes(frame))
+            return
+        if self._direct:
+            self._direct = False
+            receiving = self._receiving[self._stream]
+            assert receiving.sink is not None
+            receiving.sink.advance(n)
+            self._left -= n
+            self._after_data(receiving, n)
+            return
+        self._end += n
+        if self._need_preface and not self._read_preface():
+            return
+        while self._start < self._end:
+            if self._left:
+                self._read_payload()
+            elif not self._read_frame():
+                return
+
+    def _read_preface(self) -> bool:
+        have = bytes(self._view[self._start : min(self._end, self._start + 24)])
+        if not PREFACE.startswith(have):
+            raise ConnectionFailed(f"not HTTP/2: the connection begins with {have!r}")
+        if len(have) < 24:
+            return False
+        self._start += 24
+        self._need_preface = False
+        self._feed(have)
+        return True
+
+    def _read_frame(self) -> bool:
+        """Begin the frame at the start of the buffer; False where too little of it is there."""
+        start = self._start
+        available = self._end - start
+        if available < 9:
+            return False
+        high, low, kind, flags, stream = _HEADER.unpack_from(self._buffer, start)
+        length = high << 16 | low
+        if kind == _DATA and not flags & _PADDED:
+            receiving = self._receiving.get(stream)
+            if receiving is not None and not receiving.through_h2:
+                if length > FRAME_SIZE:
+                    raise ConnectionFailed(f"a DATA frame of {length} bytes; the limit is {FRAME_SIZE}")
+                self._debit(receiving, length)
+                self._start = start + 9
+                self._left = length
+                self._stream = stream
+                self._ends = bool(flags & _END_STREAM)
+                if not length:
+                    self._end_data()
+                return True
+        limit = FRAME_SIZE if kind == _DATA else MAX_CONTROL_FRAME
+        if length > limit:
+            raise ConnectionFailed(f"a frame of type {kind} with {length} bytes; the limit is {limit}")
+        if available >= 9 + length:
+            self._start = start + 9 + length
+            self._feed(bytes(self._view[start : start + 9 + length]))
+            return True
+        self._whole = bytearray(9 + length)
+        self._whole[:available] = self._view[start : self._end]
+        self._whole_have = available
+        self._start = self._end
+        return False
+
+    def _read_payload(self) -> None:
+        """Deliver what the buffer holds of the current DATA frame."""
+        n = min(self._left, self._end - self._start)
+        receiving = self._receiving.get(self._stream)
+        if receiving is not None and receiving.sink is not None and receiving.sink.left:
+            view = receiving.sink.view()
+            n = min(n, len(view))
+            view[:n] = self._view[self._start : self._start + n]
+            receiving.sink.advance(n)
+        elif receiving is not None:
+            self.events.append(Data(self._stream, bytes(self._view[self._start : self._start + n]), n))
+        self._start += n
+        self._left -= n
+        self._after_data(receiving, n)
+
+    def _after_data(self, receiving: _Receiving | None, n: int) -> None:
+        if receiving is not None and receiving.sink is not None and not receiving.sink.left:
+            receiving.sink = None
+            self.events.append(Filled(self._stream))
+        if not self._left:
+            self._end_data()
+
+    def _end_data(self) -> None:
+        if self._ends:
+            self._ends = False
+            self._feed(_HEADER.pack(0, 0, _DATA, _END_STREAM, self._stream))
+
+    def _feed(self, data: bytes) -> None:
+        """Give `data`, whole frames, to h2, and translate what it makes of them."""
+        try:
+            happened = self._h2.receive_data(data)
+        except h2.exceptions.ProtocolError as error:
+            self._collect()  # h2 has prepared a GOAWAY that says why.
+            raise ConnectionFailed(f"{type(error).__name__}: {error}") from error
+        for event in happened:
+            translate = _TRANSLATE.get(type(event))
+            if translate is not None:
+                translate(self, event)
+        self._collect()
+
+    def _forget_if_closed(self, stream: int) -> None:
+        state = self._h2.streams.get(stream)
+        if state is not None and state.closed:
+            self._receiving.pop(stream, None)
+
+    # -- What h2 says ------------------------------------------------------------------------------------------------
+
+    def _on_request(self, event: h2.events.RequestReceived) -> None:
+        headers = {str(name): str(value) for name, value in event.headers or ()}
+        receiving = self._receiving[event.stream_id] = _Receiving()
+        receiving.through_h2 = "content-length" in headers
+        self.events.append(Headed(event.stream_id, headers, event.stream_ended is not None))
+
+    def _on_response(self, event: h2.events.ResponseReceived) -> None:
+        headers = {str(name): str(value) for name, value in event.headers or ()}
+        receiving = self._receiving.get(event.stream_id)
+        if receiving is not None:
+            receiving.through_h2 = "content-length" in headers
+        self.events.append(Headed(event.stream_id, headers, event.stream_ended is not None))
+
+    def _on_data(self, event: h2.events.DataReceived) -> None:
+        self.events.append(Data(event.stream_id, event.data or b"", event.flow_controlled_length or 0))
+        if event.stream_id not in self._receiving:
+            self._h2.acknowledge_received_data(event.flow_controlled_length or 0, event.stream_id)
+
+    def _on_trailers(self, event: h2.events.TrailersReceived) -> None:
+        trailers = {str(name): str(value) for name, value in event.headers or ()}
+        self.events.append(Ended(event.stream_id, trailers))
+        self._forget_if_closed(event.stream_id)
+
+    def _on_end(self, event: h2.events.StreamEnded) -> None:
+        # Trailers, and headers that end the stream, were reported with them.
+        if not (self.events and self.events[-1][0] == event.stream_id and _says_end(self.events[-1])):
+            self.events.append(Ended(event.stream_id, {}))
+        self._forget_if_closed(event.stream_id)
+
+    def _on_reset(self, event: h2.events.StreamReset) -> None:
+        self._receiving.pop(event.stream_id, None)
+        self.windows_opened += 1
+        self.events.append(Reset(event.stream_id, int(event.error_code or 0)))
+
+    def _on_window(self, event: h2.events.Event) -> None:
+        self.windows_opened += 1
+
+    def _on_goaway(self, event: h2.events.ConnectionTerminated) -> None:
+        reason = (event.additional_data or b"").decode("utf-8", "replace")
+        self.goaway = GoneAway(event.last_stream_id or 0, int(event.error_code or 0), reason)
+        self.events.append(self.goaway)
+
+
+def _says_end(event: Event) -> bool:
+    return isinstance(event, Ended) or (isinstance(event, Headed) and event.ended)
+
+
+_TRANSLATE = {
+    h2.events.RequestReceived: Connection._on_request,
+    h2.events.ResponseReceived: Connection._on_response,
+    h2.events.DataReceived: Connection._on_data,
+    h2.events.TrailersReceived: Connection._on_trailers,
+    h2.events.StreamEnded: Connection._on_end,
+    h2.events.StreamReset: Connection._on_reset,
+    h2.events.WindowUpdated: Connection._on_window,
+    h2.events.RemoteSettingsChanged: Connection._on_window,
+    h2.events.ConnectionTerminated: Connection._on_goaway,
+}

@@ -1,0 +1,429 @@
+"""One TLS connection between threads and a `Connection`: leader and follower.
+
+Theory of operation
+-------------------
+Rule 1. At most one thread reads a connection at a time: it holds the *role*. While nobody does, the descriptor is armed in
+the reactor, and the worker that wakes takes the role. A thread that waits for something to arrive (`wait`) takes the
+role itself where it is free, and reads until what it waits for is there, dispatching what is others' on the way: on an
+idle connection a call is made, answered and returned on one thread. The other waiters follow: they sleep, and whoever
+gives the role up hands it to one of them, or arms the descriptor again.
+
+Rule 2. `lock` guards the `Connection`, the outbox and the TLS object (which must not be read and written at once before
+Python 3.13). It is held for one TLS record or one frame, never while waiting.
+
+Rule 3. Writing never blocks a thread that holds the role: what the socket does not take stays in the outbox, and is
+written when the reactor says that the socket takes more. A thread that sends a large body waits between its frames
+(`send_body`), without the role.
+
+Rule 4. A connection fails once. `fail` closes it, tells the owner (`on_closed`), and wakes every waiter.
+
+Rule 5. Events are dispatched in order, by the holder of the role, without the lock.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import ssl
+import struct
+import threading
+import time
+from _thread import LockType, allocate_lock
+from collections import deque
+from collections.abc import Iterable
+from typing import Protocol
+
+from .connection import Connection, ConnectionFailed, Event
+from .reactor import READ, WRITE, Reactor, Watch
+
+RECORD = 16 * 1024
+"""Bytes of a TLS record: small frames are joined up to this before they are encrypted."""
+
+DIRECT_BURST = 256 * 1024
+"""Bytes of a large body that are read under one hold of the lock: what a writer may have to wait for (0.3 ms)."""
+
+OUTBOX_HIGH = 1024 * 1024
+"""Bytes in the outbox above which `send_body` waits, and above which callers of small calls do."""
+
+SEND_STALL = 60.0
+"""Seconds without any progress after which a blocked sender gives the connection up: the machine's keepalive is quicker
+where the machine is gone; this is for a peer that stopped reading."""
+
+
+class Closed(Exception):
+    """The connection has ended; the text says why."""
+
+
+class Waiter:
+    """What a thread waits for on a connection. `done` is set by whoever dispatches the awaited event."""
+
+    __slots__ = ("done", "leading", "sleeper")
+
+    def __init__(self) -> None:
+        self.done = False
+        self.leading = False
+        self.sleeper: LockType | None = None  # A lock that the waiting thread sleeps on, once it has to.
+
+    def wake(self) -> None:
+        """What was awaited is here."""
+        self.done = True
+        sleeper = self.sleeper
+        if sleeper is not None:
+            _release(sleeper)
+
+
+def _release(sleeper: LockType) -> None:
+    try:
+        sleeper.release()
+    except RuntimeError:
+        pass  # Woken twice.
+
+
+class Owner(Protocol):
+    """Client or server: what the transport tells, always without the lock."""
+
+    def on_event(self, event: Event) -> None:
+        """Must not block."""
+
+    def on_readable(self) -> None:
+        """A reactor worker has taken the role. Ends with `release`, unless the role was stolen meanwhile."""
+
+    def on_closed(self, closed: Closed) -> None:
+        """The connection has ended; called once."""
+
+
+class Transport:
+    """See the module. `owner` must be set before `start`."""
+
+    def __init__(
+        self, sock: ssl.SSLSocket, connection: Connection, reactor: Reactor, owner: Owner, *, leads: bool
+    ) -> None:
+        self.connection = connection
+        self._leads = leads  # Waiting threads may read. At a server's end they would find calls that others must run.
+        self.lock = allocate_lock()
+        self.closed: Closed | None = None
+        self._sock = sock
+        self._fd = sock.fileno()
+        self._reactor = reactor
+        self._owner = owner
+        self._reading = True  # Somebody holds the role; nobody else may before `start`.
+        self._blocked = False  # The socket took less than it was offered; WRITE is armed.
+        self._followers: deque[Waiter] = deque()
+        self._writers: list[Waiter] = []
+        self._poll = select.poll()
+        self._poll.register(self._fd, select.POLLIN)
+        self._recv_into = sock.recv_into
+        self._pending = sock.pending
+        self._send = sock.send
+        self._watch: Watch = reactor.watch(self._fd, self._on_ready)
+
+    def start(self) -> None:
+        """Send what the connection begins with, and listen."""
+        with self.lock:
+            self.flush()
+            self._reading = False
+            if self._pending():  # Came with the handshake: no poller will tell of it.
+                self._reading = True
+                self._reactor.execute(self._owner.on_readable)
+            self._arm()
+
+    # -- Writing -----------------------------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Write what the outbox holds, as far as the socket takes it. With the lock held; never blocks, never raises."""
+        out = self.connection.out
+        if self._blocked or not out:
+            return
+        try:
+            while out:
+                head = out.popleft()
+                if len(out) and len(head) < RECORD and type(head) is bytes:
+                    head = self._join(head)
+                sent = self._send(head)
+                self.connection.out_bytes -= sent
+                if sent < len(head):
+                    out.appendleft(memoryview(head)[sent:])
+        except (ssl.SSLWantWriteError, ssl.SSLWantReadError, BlockingIOError):
+            out.appendleft(head)  # OpenSSL wants to be given the same bytes again.
+            self._blocked = True
+            self._arm()
+        except (OSError, ValueError) as error:
+            self._fail_later(error)
+
+    def _join(self, head: bytes) -> bytes:
+        """Small frames become one TLS record, one system call."""
+        out = self.connection.out
+        parts = [head]
+        size = len(head)
+        while out and size + len(out[0]) <= RECORD and type(out[0]) is bytes:
+            part = out.popleft()
+            parts.append(part)  # type: ignore[arg-type]
+            size += len(part)
+        return b"".join(parts) if len(parts) > 1 else head
+
+    def send_body(self, stream: int, parts: Iterable[bytes | bytearray | memoryview]) -> bool:
+        """Send `parts` on `stream`, in order, as DATA frames. Blocks for windows and for the socket.
+
+        Must not be called by the holder of the role. False where the stream was reset meanwhile; raises `Closed`.
+        """
+        for part in parts:
+            view = memoryview(part).cast("B") if not isinstance(part, bytes) else memoryview(part)
+            offset, size = 0, len(view)
+            while offset < size:
+                with self.lock:
+                    window = self.connection.window(stream)
+                    if self.closed is None and window > 0 and self.connection.out_bytes < OUTBOX_HIGH:
+                        n = min(window, size - offset, self.connection.frame_size)
+                        self.connection.send_data(stream, n, view[offset : offset + n])
+                        offset += n
+                        self.flush()
+                        if not self._blocked:
+                            continue
+                if self.closed is not None:
+                    raise self.closed
+                if window < 0:
+                    return False
+                self._wait_to_send(stream, window)
+        while self.connection.out_bytes and self.closed is None:
+            self._wait_to_send(stream, 1)  # The caller may change its buffers when this returns.
+        return True
+
+    def wait_for_room(self) -> None:
+        """Block while the outbox is over its limit: what keeps a caller in a loop from filling the memory."""
+        while self.closed is None and self.connection.out_bytes > OUTBOX_HIGH:
+            self._wait_to_send(0, 1)
+
+    def _wait_to_send(self, stream: int, window: int) -> None:
+        """Until the socket, or the window where it is used up, lets more be sent."""
+        if window > 0:
+            poll = select.poll()
+            poll.register(self._fd, select.POLLOUT)
+            if self.closed is None and not poll.poll(SEND_STALL * 1000):
+                self.fail(Closed(f"the peer has not read for {SEND_STALL:g} s"))
+            with self.lock:
+                self._blocked = False
+                self.flush()
+            return
+        waiter = Waiter()
+        with self.lock:
+            if self.closed is not None or self.connection.window(stream) != 0:
+                return
+            self._writers.append(waiter)
+        if not self.wait(waiter, time.monotonic() + SEND_STALL):
+            self.fail(Closed(f"the peer has not opened the window of a stream for {SEND_STALL:g} s"))
+
+    # -- Waiting and reading -----------------------------------------------------------------------------------------
+
+    def wait(self, waiter: Waiter, deadline: float | None = None) -> bool:
+        """Until `waiter.done` or the connection has ended. False when `deadline` (monotonic) passes before."""
+        in_time = True
+        while in_time and not waiter.done and self.closed is None:
+            with self.lock:
+                lead = waiter.leading
+                if not lead and self._leads and not self._reading and self.closed is None:
+                    self._reading = lead = True
+                    self._watch.arm(WRITE if self._blocked else 0)
+                elif not lead and waiter.sleeper is None and self.closed is None:
+                    waiter.sleeper = allocate_lock()
+                    waiter.sleeper.acquire()
+                    self._followers.append(waiter)
+            if lead:
+                waiter.leading = False
+                in_time = self._lead(waiter, deadline)
+            elif not waiter.done and waiter.sleeper is not None:  # `wake` sets `done` first, and then looks for a sleeper.
+                timeout = -1.0 if deadline is None else max(0.0, deadline - time.monotonic())
+                in_time = waiter.sleeper.acquire(timeout=min(timeout, threading.TIMEOUT_MAX))
+        if waiter.sleeper is not None or waiter.leading:
+            self._stop_following(waiter)
+        return in_time or waiter.done
+
+    def _stop_following(self, waiter: Waiter) -> None:
+        with self.lock:
+            waiter.sleeper = None
+            leading, waiter.leading = waiter.leading, False
+            if waiter in self._followers:
+                self._followers.remove(waiter)
+        if leading:
+            self.release()  # It was made the leader at the moment in which it was done.
+
+    def _lead(self, waiter: Waiter, deadline: float | None) -> bool:
+        """Read until `waiter.done`; then give the role up. False on a timeout."""
+        try:
+            while not waiter.done and self.closed is None:
+                if deadline is None:
+                    self._poll.poll()
+                else:
+                    left = deadline - time.monotonic()
+                    if left <= 0 or not self._poll.poll(left * 1000 + 1):
+                        return False
+                self.read()
+            return True
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Give the role up: to a follower, else to the reactor."""
+        with self.lock:
+            self.flush()
+            while self._followers:
+                follower = self._followers.popleft()
+                if not follower.done:
+                    follower.leading = True
+                    sleeper, follower.sleeper = follower.sleeper, None
+                    if sleeper is not None:
+                        _release(sleeper)
+                    return
+            self._reading = False
+            self._arm()
+
+    def _arm(self) -> None:
+        """With the lock held: ask the reactor for what nobody else watches."""
+        if self.closed is None:
+            events = (0 if self._reading else READ) | (WRITE if self._blocked else 0)
+            self._watch.arm(events)
+
+    def read(self) -> None:
+        """Read a TLS record, or a burst of a large body, and dispatch it. By the holder of the role; never blocks."""
+        connection = self.connection
+        failure = None
+        with self.lock:
+            if self.closed is not None:
+                return
+            try:
+                full = True
+                while full:  # A record that does not fit the buffer is finished: no poller tells of what TLS holds.
+                    buffer = connection.get_buffer()
+                    n = self._recv_into(buffer)
+                    if not n:
+                        raise ConnectionFailed("the peer closed the connection")
+                    full = n == len(buffer) and bool(self._pending())
+                    if connection.direct and n < len(buffer):
+                        n = self._fill(buffer, n)
+                    connection.received(n)
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError):
+                pass
+            except (OSError, ValueError, ConnectionFailed) as error:
+                failure = _closed(error)
+            if connection.out:
+                self.flush()
+            if connection.windows_opened and self._writers:
+                for writer in self._writers:
+                    writer.wake()
+                self._writers.clear()
+            connection.windows_opened = 0
+        events = connection.events
+        while events:
+            self._owner.on_event(events.popleft())
+        if failure is not None:
+            self.fail(failure)
+
+    def _fill(self, buffer: memoryview, n: int) -> int:
+        """Go on reading into the application's own memory while there is something: one record at a time."""
+        limit = min(len(buffer), DIRECT_BURST)
+        recv_into = self._recv_into
+        try:
+            while n < limit:
+                more = recv_into(buffer[n:])
+                if not more:
+                    break
+                n += more
+        except (ssl.SSLWantReadError, BlockingIOError):
+            pass
+        return n
+
+    def _on_ready(self, events: int) -> None:
+        """On a reactor worker: the descriptor is ready for what was armed."""
+        with self.lock:
+            if events & WRITE and self._blocked:
+                self._blocked = False
+                self.flush()
+            if self._reading or not events & READ or self.closed is not None:
+                self._arm()
+                return
+            self._reading = True
+            if self._blocked:
+                self._arm()
+        self._owner.on_readable()
+
+    # -- The end -----------------------------------------------------------------------------------------------------
+
+    def _fail_later(self, error: BaseException) -> None:
+        """From under the lock: `fail` takes it, and tells others."""
+        closed = _closed(error)
+        self.connection.out.clear()
+        self._blocked = True
+        self._reactor.execute(lambda: self.fail(closed))
+
+    def fail(self, closed: Closed) -> None:
+        """End the connection, because of `closed`; the first reason counts."""
+        with self.lock:
+            if self.closed is not None:
+                return
+            self.closed = closed
+            self._blocked = False
+            self.flush_last()
+            self._watch.close()
+            waiters = [*self._followers, *self._writers]
+            self._followers.clear()
+            self._writers.clear()
+        self._owner.on_closed(closed)
+        for waiter in waiters:
+            waiter.wake()
+        with self.lock:
+            try:
+                self._sock.shutdown(socket.SHUT_RDWR)  # Wakes a leader that polls.
+            except OSError:
+                pass
+            self._sock.close()
+
+    def flush_last(self) -> None:
+        """Offer what is left (a GOAWAY, perhaps) to the socket, once."""
+        try:
+            for part in self.connection.out:
+                self._send(part)
+        except (OSError, ValueError):
+            pass
+        self.connection.out.clear()
+
+    def abort(self) -> None:
+        """End the connection with a TCP reset, as a power cut would: for tests, and for peers that do not answer."""
+        try:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        except OSError:
+            pass
+        self.fail(Closed("aborted"))
+
+
+def _closed(error: BaseException) -> Closed:
+    """Foreign exceptions are translated here, once."""
+    if isinstance(error, ConnectionFailed):
+        return Closed(str(error))
+    if isinstance(error, ssl.SSLError):
+        return Closed(f"TLS: {error.reason or error}")
+    if isinstance(error, ConnectionResetError):
+        return Closed("the peer reset the connection")
+    if isinstance(error, BrokenPipeError):
+        return Closed("the peer closed the connection")
+    if isinstance(error, OSError) and error.strerror:
+        return Closed(error.strerror)
+    return Closed(f"{type(error).__name__}: {error}")
+
+
+def handshake(sock: ssl.SSLSocket, deadline: float) -> None:
+    """Complete the TLS handshake of a non-blocking `sock` on this thread. Raises `Closed`."""
+    poll = select.poll()
+    try:
+        while True:
+            try:
+                sock.do_handshake()
+                return
+            except ssl.SSLWantReadError:
+                poll.register(sock, select.POLLIN)
+            except ssl.SSLWantWriteError:
+                poll.register(sock, select.POLLOUT)
+            left = deadline - time.monotonic()
+            if left <= 0 or not poll.poll(left * 1000):
+                raise Closed("no answer to the TLS handshake")
+    except (OSError, ValueError) as error:
+        raise _closed(error) from error
+

@@ -1,0 +1,134 @@
+"""The supervisor: the process on a machine that never runs user code. This puts its parts together."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+from ..credentials import Credentials, peer_identity, server_context
+from ..rpc.codec import Codec
+from ..rpc.reactor import Reactor
+from ..rpc.server import Server
+from ..services import Services
+from ..system import Host
+from .door import Door
+from .service import OWNER_ONLY, SupervisorService
+from .watchdog import Watchdog
+from .workers import Workers
+
+FIRST_CONTACT = 60.0
+"""Seconds that a driver has to contact a machine that it has just started; an agent's machine was contacted already."""
+
+LINGER = 5.0
+"""Seconds for which a machine whose services died waits to be asked why, and to be shut down."""
+
+ORPHAN_GRACE = 2.0
+"""Seconds between SIGTERM and SIGKILL where the driver is gone: nobody waits for a result any more."""
+
+
+class Supervisor:
+    """A machine that serves. `run` returns when it has ended; `host.exit` is the caller's to call."""
+
+    def __init__(
+        self, machine: str, credentials: Credentials, host: Host, workers: Workers, reactor: Reactor, lease: float
+    ) -> None:
+        self._machine = machine
+        self._host = host
+        self._workers = workers
+        self._reactor = reactor
+        self._watchdog = Watchdog(time.monotonic(), lease, FIRST_CONTACT)
+        self._lock = threading.Lock()
+        self._ending = False
+        self._killed = False
+        self._ended = threading.Event()
+        self.reason = ""
+        service = SupervisorService(machine, workers, lambda: self._server.stats, self._renew, self.end)
+        handler = Services({"Supervisor": service}, OWNER_ONLY)
+        handler.installed()
+        self._server = Server(
+            handler, server_context(credentials), Codec(), reactor, identify=peer_identity, log=workers.log
+        )
+        self._door = Door(host.listener(), machine, self._route, reactor, workers.log)
+        self._watch_driver(host.driver_gone())
+        self._check()
+
+    def _route(self, process: int | None, sock: socket.socket) -> None:
+        if process is None:
+            self._server.adopt(sock)
+        else:
+            self._workers.adopt(process, sock)
+
+    def _watch_driver(self, fds: list[int]) -> None:
+        def gone(fd: int) -> Callable[[int], None]:
+            def check(_: int) -> None:
+                self._reactor.execute(lambda: self.end("the driver has ended", ORPHAN_GRACE, orphan=True))
+
+            return check
+
+        for fd in fds:
+            self._reactor.watch(fd, gone(fd)).arm()
+
+    def _renew(self, lease: float) -> None:
+        with self._lock:
+            self._watchdog.renew(time.monotonic(), lease)
+
+    def _check(self) -> None:
+        """Look at the lease, and at the services, every second, for the rest of the machine's life."""
+        if self._ending:
+            return
+        with self._lock:
+            expired = self._watchdog.expired(time.monotonic())
+        if expired is not None:
+            self._reactor.execute(lambda: self.end(expired, ORPHAN_GRACE, orphan=True))
+            return
+        if self._workers.obituary() is not None:
+            with self._lock:
+                self._watchdog.renew(time.monotonic(), min(LINGER, self._watchdog.remaining(time.monotonic())))
+        self._reactor.call_later(1.0, self._check)
+
+    def end(self, reason: str, grace: float, *, orphan: bool = False) -> None:
+        """End the services' processes; then the machine. Returns when the processes are gone. Later calls wait for that."""
+        with self._lock:
+            first, self._ending = not self._ending, True
+        if not first:
+            self._ended.wait(grace + 10.0)
+            return
+        self.reason = reason
+        if orphan:
+            self._workers.discard()
+        self._workers.stop(grace)
+        self._ended.set()
+
+    def kill(self) -> None:
+        """As a power cut would: for the test system."""
+        self._killed = True
+        self._door.close()
+        self._server.close(abort=True)
+        self.end("it was killed", 0.0, orphan=True)
+
+    def run(self) -> str:
+        """Until the machine has ended; the driver has then had time to read what was left to say. Returns why."""
+        self._ended.wait()
+        self._door.close()
+        deadline = time.monotonic() + LINGER
+        while not self._killed and self._server.connections and time.monotonic() < deadline:
+            time.sleep(0.01)  # The driver hangs up when it has read everything.
+        self._server.close(f"machine {self._machine} has ended: {self.reason}")
+        return self.reason
+
+
+def serve(machine: str, credentials: Credentials, host: Host, workers: Workers, reactor: Reactor, lease: float) -> None:
+    """Be machine `machine` until it ends."""
+    supervisor = Supervisor(machine, credentials, host, workers, reactor, lease)
+    host.exit(supervisor.run())
+
+
+def pidfd(pid: int) -> int | None:
+    """A descriptor that becomes readable when process `pid` ends; None where the system has no such thing."""
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        return None

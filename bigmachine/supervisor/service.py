@@ -1,0 +1,130 @@
+"""The supervisor's own service: what the driver, and in part other machines, can ask of a machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+from ..info import DiskInfo, Info, LoadInfo, MemInfo, platform_name, python_version
+from ..rpc.stats import MethodStats, Stats
+from .workers import Event, Workers
+
+OWNER_ONLY = frozenset(
+    f"Supervisor.{method}" for method in ("await_ready", "register", "install", "keepalive", "events", "shutdown")
+)
+"""Methods that change the machine, or show what its services say: the session's driver's alone."""
+
+
+def bigmachine_version() -> str:
+    """The installed version; "0" in a checkout that was not installed."""
+    try:
+        return version("bigmachine")
+    except PackageNotFoundError:
+        return "0"
+
+
+class SupervisorService:
+    """Served as ``Supervisor``. None of it runs, imports or unpickles what is the user's."""
+
+    def __init__(
+        self,
+        machine: str,
+        workers: Workers,
+        stats: Callable[[], Stats],
+        renew: Callable[[float], None],
+        end: Callable[[str, float], None],
+    ) -> None:
+        self._machine = machine
+        self._workers = workers
+        self._stats = stats
+        self._renew = renew
+        self._end = end
+        self._lock = threading.Lock()
+        self._blob: bytes | None = None
+        self._replicas = False
+        self._parallel: list[str] = []
+
+    def ping(self) -> str:
+        """Says the machine's id."""
+        return self._machine
+
+    def info(self) -> Info:
+        """Who this is, and what it runs."""
+        return Info(
+            id=self._machine,
+            hostname=socket.gethostname(),
+            pid=os.getpid(),
+            maxprocs=self._workers.maxprocs,
+            python=python_version(),
+            platform=f"{platform_name()} {platform.release()}",
+            version=bigmachine_version(),
+        )
+
+    def await_ready(self, timeout: float) -> None:
+        """Returns when the program has reached `driver.start()`; raises how it ended instead, or `TimeoutError`."""
+        self._workers.await_ready(timeout)
+
+    def register(self, blob: bytes, parallel: list[str]) -> None:
+        """The services, as `session` encodes them, and the names of their parallel methods. Nothing is decoded here."""
+        with self._lock:
+            if self._blob is not None:
+                raise RuntimeError("the services of this machine are registered already")
+            self._blob = blob
+            self._parallel = parallel
+
+    def install(self, timeout: float) -> bytes | None:
+        """Install the registered services. None, or how it failed: as bytes, for only the driver may decode them."""
+        blob, self._blob = self._blob, b""
+        assert blob is not None
+        return self._workers.install(blob, bool(self._parallel), timeout)
+
+    def describe(self) -> dict[str, object]:
+        """What a caller has to know in order to call services here: their parallel methods, and `maxprocs`."""
+        return {"parallel": self._parallel, "maxprocs": self._workers.maxprocs}
+
+    def keepalive(self, lease: float) -> float:
+        """End yourself unless called again within `lease` seconds. Returns the lease that was granted."""
+        self._renew(lease)
+        return lease
+
+    def events(self) -> Iterator[Event]:
+        """Output, logs and deaths as they come; ends when the machine has been shut down and all is said."""
+        yield from self._workers.events()
+
+    def obituary(self) -> str | None:
+        """How a service process died; None while all live."""
+        return self._workers.obituary()
+
+    def mem_info(self) -> MemInfo:
+        """Memory, in bytes."""
+        from .vitals import mem_info  # psutil: 20 ms and 3 MB, for machines that are asked.
+
+        return mem_info([os.getpid(), *self._workers.pids().values()])
+
+    def disk_info(self) -> DiskInfo:
+        """The file system of temporary files, in bytes."""
+        from .vitals import disk_info
+
+        return disk_info()
+
+    def load_info(self) -> LoadInfo:
+        """Load averages."""
+        from .vitals import load_info
+
+        return load_info()
+
+    def pids(self) -> dict[int, int]:
+        """The service processes' process ids, by number."""
+        return self._workers.pids()
+
+    def stats(self) -> dict[str, MethodStats]:
+        """Figures of the calls that the supervisor itself has served."""
+        return self._stats().snapshot()
+
+    def shutdown(self, grace: float) -> None:
+        """End the services' processes, SIGTERM first, SIGKILL after `grace` seconds; returns when they are gone."""
+        self._end("the driver shut it down", grace)

@@ -1,0 +1,114 @@
+"""The seams between bigmachine and the places where machines come from.
+
+A system is two narrow protocols: a `Launcher` on the driver and a `Host` on the machine. Values cross, handles do not: a
+system is given `Order`s and answers with `Launched`; it never sees a session, a service or a call. Third parties
+register theirs by the entry point group ``bigmachine.systems``, and check it with ``bigmachine.testing.conformance``.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from .credentials import Credentials
+
+ENTRY_POINTS = "bigmachine.systems"
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a machine executes to get service processes: a command that reaches `driver.start()`.
+
+    `argv` includes the interpreter; `environ` is added to the environment that the machine has anyway; `cwd` is the
+    working directory where that exists on the machine, None for the machine's default. The last `own_args` of `argv` are
+    the program's own arguments, which a launch may replace.
+    """
+
+    argv: tuple[str, ...]
+    environ: Mapping[str, str] = field(default_factory=dict)
+    cwd: str | None = None
+    own_args: int = 0
+
+
+@dataclass(frozen=True)
+class Order:
+    """One machine, please: who it will be, what proves it, and what it is to run."""
+
+    id: str
+    credentials: Credentials
+    program: Program
+    lease: float
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A machine that has been started: `host` and `port` to connect to, how many service processes it may run."""
+
+    id: str
+    host: str
+    port: int
+    maxprocs: int
+
+    @property
+    def address(self) -> str:
+        """``https://localhost:42409/m-7f3a9c/``: where it is, and who must be there."""
+        return format_address(self.host, self.port, self.id)
+
+
+class Launcher(Protocol):
+    """The driver's side. All methods may be called from any thread."""
+
+    name: str
+
+    def launch(self, orders: Sequence[Order]) -> list[Future[Launched]]:
+        """Start one machine for each order. Returns at once; each future ends with the machine, or with the reason
+        why there is none, as an exception whose text a user can act on."""
+
+    def stop(self, id: str, grace: float) -> None:
+        """Make sure that nothing of machine `id` runs, within about `grace` seconds; it was asked to end by itself before.
+        Idempotent, and without effect on a machine that is not this launcher's."""
+
+    def ended(self, id: str) -> str | None:
+        """Why machine `id` is known to be gone; None where it may be running. Cheap: asked when a keepalive fails."""
+
+    def on_end(self, id: str, callback: Callable[[str], None]) -> None:
+        """Call back, once, with the reason, when the system notices that machine `id` is gone. It may never notice."""
+
+    def console(self, id: str) -> str:
+        """The last lines of what the machine said outside of its services' output: for the report of a failed boot."""
+
+    def close(self) -> None:
+        """Release what the launcher itself holds; its machines are stopped already."""
+
+
+class Host(Protocol):
+    """The machine's side, in the supervisor."""
+
+    maxprocs: int
+
+    def listener(self) -> socket.socket:
+        """A listening TCP socket. Raises OSError."""
+
+    def driver_gone(self) -> list[int]:
+        """File descriptors of which one becomes readable when the driver has ended; none where the host cannot know."""
+
+    def exit(self, reason: str) -> None:
+        """End the machine: after this the supervisor has nothing left to do. Does not return on a real one."""
+
+
+def format_address(host: str, port: int, id: str) -> str:
+    """See `Launched.address`."""
+    return f"https://{f'[{host}]' if ':' in host else host}:{port}/{id}/"
+
+
+def parse_address(address: str) -> tuple[str, int, str]:
+    """(host, port, machine id). Raises ValueError with the address in its text."""
+    scheme, _, rest = address.partition("://")
+    place, _, id = rest.rstrip("/").partition("/")
+    host, _, port = place.rpartition(":")
+    if scheme != "https" or not host or not port.isdigit() or not id:
+        raise ValueError(f"not a machine's address: {address!r}; one looks like https://localhost:42409/m-7f3a9c/")
+    return host.strip("[]"), int(port), id

@@ -1,0 +1,171 @@
+"""A service process: the program, re-executed up to `driver.start()`, which lands here and never returns.
+
+The supervisor talks to it over the control socket (`supervisor.control`), on the main thread:
+
+- ``fork``: become several processes (`supervisor.forking`), before there is any thread.
+- ``identity``: the machine's credentials. Everything that needs threads or TLS begins with it.
+- ``services`` and a descriptor: install them; the answer is ``installed``, with a ``failure`` where they could not be.
+- ``connection`` and a descriptor: a client, whose first byte has not been read.
+
+The process ends with the supervisor (end of the control socket), and by SIGTERM.
+"""
+
+from __future__ import annotations
+
+import atexit
+import base64
+import io
+import mmap
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any, NoReturn
+
+from .credentials import Credentials, client_context, peer_identity, server_context
+from .errors import BigmachineError
+from .machine import Network
+from .rpc.codec import Codec
+from .rpc.failures import encode_failure
+from .rpc.reactor import reactor
+from .rpc.server import Server
+from .rpc.stats import MethodStats
+from .rpc.streams import Items, Stream
+from .services import Services
+from .session import Session
+from .supervisor.control import ControlSocket, Message
+from .supervisor.forking import PROCESS, fork_replicas, ready_message
+
+
+class ProcessService:
+    """Served as ``Process`` by every service process."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def stats(self) -> dict[str, MethodStats]:
+        """Figures per method of the calls that this process has served."""
+        return self._worker.server.stats.snapshot()
+
+
+class Worker:
+    """The state of a service process once it has an identity."""
+
+    def __init__(self, machine: str, address: str, credentials: Credentials, main_names: frozenset[str]) -> None:
+        self.codec = Codec(main_names, Stream)
+        self.handler = Services({"Process": ProcessService(self)})
+        self.session = Session(Network(client_context(credentials), self.codec, reactor()), address=address)
+        self.server = Server(
+            self.handler, server_context(credentials), self.codec, reactor(), identify=peer_identity, log=_log
+        )
+        self.machine = machine
+
+    def install(self, blob: Any) -> bytes | None:
+        """Decode the services, set them up, serve them. None, or how it failed."""
+        try:
+            services: Mapping[str, object] = decode_services(self.codec, blob)
+            self.handler.install(services, self.session)
+        except BaseException as error:  # The user's code runs in here; whatever it raises is told to the driver.
+            return encode_failure(error, self.codec)
+        return None
+
+
+def decode_services(codec: Codec, blob: Any) -> Mapping[str, object]:
+    """What `session.encode_services` made. Raises whatever unpickling the user's objects raises."""
+    (body,) = Items().feed(blob)
+    services: Mapping[str, object] = codec.decode(body.pickle, body.buffers)
+    return services
+
+
+def _log(text: str) -> None:
+    sys.stderr.write(f"bigmachine: {text}\n")
+
+
+def run(control: ControlSocket, main_names: frozenset[str]) -> NoReturn:
+    """Serve until the supervisor, or a signal, says that it is enough."""
+    _prepare_output()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's; it ends us in good order.
+    signal.signal(signal.SIGTERM, _terminate)
+    process = int(os.environ.pop(PROCESS, "0"))
+    control.send(ready_message(process))
+    worker: Worker | None = None
+    early: list[socket.socket] = []
+    while (received := control.receive()) is not None:
+        message, fds = received
+        match message["type"]:
+            case "fork":
+                before = process
+                process, control = fork_replicas(process, control, message, fds)
+                if process != before:
+                    os.environ.pop(PROCESS, None)
+                    control.send(ready_message(process))
+            case "identity":
+                credentials = Credentials.from_json(message["credentials"])
+                worker = Worker(message["machine"], message["address"], credentials, main_names)
+                for sock in early:
+                    worker.server.adopt(sock)
+                early.clear()
+            case "services":
+                assert worker is not None
+                threading.Thread(target=_install, args=(worker, control, fds[0]), name="bigmachine-setup").start()
+            case "connection":
+                sock = socket.socket(fileno=fds[0])
+                if worker is None:
+                    early.append(sock)
+                else:
+                    worker.server.adopt(sock)
+    _exit()
+
+
+def _install(worker: Worker, control: ControlSocket, fd: int) -> None:
+    """On a thread of its own: a `setup` may take long, and call services of other machines."""
+    size = os.fstat(fd).st_size
+    with mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ) as blob:
+        os.close(fd)
+        view = memoryview(blob)
+        failure = worker.install(view)
+        view.release()
+    answer: Message = {"type": "installed"}
+    if failure is not None:
+        answer["failure"] = base64.b64encode(failure).decode()
+    try:
+        control.send(answer)
+    except (OSError, BigmachineError):
+        _exit()  # The supervisor is gone.
+
+
+def _prepare_output() -> None:
+    """Whole lines leave at once, so that nothing is lost in a crash and lines of threads do not mix."""
+    os.environ.pop("PYTHONUNBUFFERED", None)
+    os.environ.pop("PYTHONFAULTHANDLER", None)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, write_through=False)
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> None:
+    _exit()
+
+
+def _exit() -> NoReturn:
+    """End now: run what the program registered with `atexit`, and write what is buffered. Other threads are not waited for."""
+    try:
+        atexit._run_exitfuncs()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError, AttributeError):
+                pass  # Nobody reads it any more.
+        os._exit(0)
+
+
+def bare() -> NoReturn:
+    """A service process without a program: `session.bare_program` starts it. Services come by value, or are importable."""
+    control = ControlSocket.from_environment()
+    if control is None:
+        raise SystemExit("bigmachine: this is started by a machine's supervisor, not by hand")
+    run(control, frozenset())
