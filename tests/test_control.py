@@ -230,5 +230,15 @@ def test_from_environment_takes_the_variable_away() -> None:
     other.close()
 
 
-def test_no_supervisor() -> None:
-    assert ControlSocket.from_environment({}) is None
+@pytest.mark.parametrize("kind", ["no variable", "no number", "closed", "no socket", "another socket"])
+def test_no_supervisor(kind: str) -> None:
+    """A subprocess of a service process may inherit the variable; the descriptor is closed there, or something else."""
+    read, write = os.pipe()
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as other:
+        values = {"no number": "x", "closed": "1000000", "no socket": str(read), "another socket": str(other.fileno())}
+        environ = {"BIGMACHINE_CONTROL": values[kind]} if kind in values else {}
+        assert ControlSocket.from_environment(environ) is None
+        assert environ == {}
+        assert other.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) == socket.SOCK_STREAM  # It was left alone.
+    os.close(read)
+    os.close(write)

@@ -32,11 +32,11 @@ class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
         self.mark = mark
 
     def reducer_override(self, obj: Any) -> Any:
-        if issubclass(type(obj), (type, types.FunctionType)):
-            return NotImplemented if self._is_shared(obj) else super().reducer_override(obj)
+        if issubclass(type(obj), (type, types.FunctionType)) and self._is_shared(obj):
+            return NotImplemented
         if self.mark(obj) is not None:
             raise pickle.PicklingError("a stream, which this pickler is not for")
-        return NotImplemented
+        return super().reducer_override(obj)
 
     def _is_shared(self, obj: Any) -> bool:
         """Whether `obj` is what its name means in `__main__` here, and the name exists in the far side's."""

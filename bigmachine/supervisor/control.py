@@ -151,9 +151,19 @@ class ControlSocket:
         """A service process's own; None in a process that no supervisor has started.
 
         The variable is removed: a subprocess that a service starts, perhaps this very program, is no service process.
+        Nor is one that was started before: it has inherited the variable, but not the descriptor.
         """
-        fd = environ.pop(CONTROL, "")
-        return cls.from_fd(int(fd)) if fd else None
+        value = environ.pop(CONTROL, "")
+        if not value.isdecimal():
+            return None
+        try:
+            sock = socket.socket(fileno=int(value))
+        except OSError:
+            return None
+        if sock.family == socket.AF_UNIX:
+            return cls(sock)
+        sock.detach()  # Somebody else's.
+        return None
 
     def fileno(self) -> int:
         return self._socket.fileno()
