@@ -11,12 +11,12 @@ from random import random
 from typing import Any, Generic, TypeVar, cast
 
 from .credentials import server_name
-from .errors import BigmachineError, MachineStopped, NotReady, Unreachable, UsageError, WaitTimeout
+from .errors import BigmachineError, MachineStopped, NotReady, RemoteTraceback, Unreachable, UsageError, WaitTimeout
 from .info import DiskInfo, Info, LoadInfo, MemInfo
 from .retry import Backoff
 from .rpc.calls import Call
 from .rpc.client import Client, ItemStream
-from .rpc.codec import Codec
+from .rpc.codec import Codec, Encoded
 from .rpc.reactor import Reactor
 from .rpc.stats import MethodStats
 from .services import public_methods
@@ -37,6 +37,9 @@ SHORT_TASK = 0.005
 counts; longer ones wait here, so that whichever process is free first gets the next."""
 
 SHORT_WINDOW = 16
+
+MAX_DIRECT = 1000
+"""Methods that a machine remembers its way to; names that are made up as the program goes are looked up each time."""
 
 
 class Network:
@@ -113,11 +116,14 @@ class Machine:
         self._network = network
         self._changed = threading.Condition()
         self._history = History(id)
+        self._direct: dict[str, Client] = {}  # Whom to ask, by method, while the machine runs: past all questions.
         self._when_running: list[Callable[[], None]] = []
         self._on_state: list[Callable[[Machine], None]] = []
         self._supervisor: Client | None = None
         self._processes: list[Client] = []
         self._lanes = Lanes(1)
+        self._met = owned  # Whether we know what is parallel there. The owner has said so itself.
+        self._meeting = threading.Lock()
         self._ender: Callable[[bool], None] = lambda graceful: None
 
     def __repr__(self) -> str:
@@ -175,6 +181,7 @@ class Machine:
                 return False
             self.error = error
             self._history.move(State.STOPPED)
+            self._direct = {}
             waiting, self._when_running = self._when_running, []
             self._changed.notify_all()
         for client in self._processes:
@@ -232,11 +239,18 @@ class Machine:
         the remote traceback as its cause; `CallRefused` where it cannot be called so; `NotPicklable`; `CallTimeout`;
         `MachineStopped` or `Unreachable`.
         """
+        client = self._direct.get(method)
+        if client is not None:
+            try:
+                return client.call(method, args, kwargs, timeout)
+            except Unreachable as error:
+                raise self._if_stopped(error) from error.__cause__
         deadline = None if timeout is None else time.monotonic() + timeout
         client = self._client_for(method, deadline)
         if client is None:
             return self.submit(method, *args, timeout=timeout, **kwargs).result()
         left = None if deadline is None else max(0.001, deadline - time.monotonic())
+        self._remember(method, client)
         try:
             return client.call(method, args, kwargs, left)
         except Unreachable as error:
@@ -249,38 +263,70 @@ class Machine:
         """
         encoded = self._network.codec.encode_call(method, args, kwargs)
         call: Call[Any] = Call()
-        parallel = method in self.parallel and self.maxprocs > 1
+        client = self._direct.get(method)
+        if client is not None:
+            self._send(client, call, method, encoded, timeout)
+        else:
+            self._submit(call, method, encoded, timeout)
+        return call
 
-        def send(client: Client) -> None:
-            try:
-                client.submit(call, method, encoded, timeout)
-            except Unreachable as error:
-                failure = self._if_stopped(error)
-                call.complete(lambda: _raise(failure))
+    def _send(self, client: Client, call: Call[Any], method: str, encoded: Encoded, timeout: float | None) -> None:
+        try:
+            client.submit(call, method, encoded, timeout)
+        except Exception as error:  # Of the transport, or of a `Stream`'s source: either way it is how the call ends.
+            failure = self._if_stopped(error) if isinstance(error, Unreachable) else error
+            call.complete(lambda: _raise(failure))
+
+    def _submit(self, call: Call[Any], method: str, encoded: Encoded, timeout: float | None) -> None:
+        """Send, when the machine is running, to whichever process it is for."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+
+        def left() -> float | None:
+            return None if deadline is None else max(0.001, deadline - time.monotonic())
 
         def go() -> None:
+            if call.done():
+                return  # Cancelled, or timed out, before the machine was running.
             if self.state is State.STOPPED:
                 stopped = self._stopped()
                 call.complete(lambda: _raise(stopped))
-            elif parallel:
+            elif method in self.parallel and self.maxprocs > 1:
                 self._lanes.enter(on_lane)
             else:
-                send(self._client_of(method))
+                client = self._client_of(method)
+                self._remember(method, client)
+                self._send(client, call, method, encoded, left())
 
         def on_lane(lane: int) -> None:
             started = time.perf_counter()
             call.add_done_callback(lambda _: self._lanes.leave(lane, time.perf_counter() - started))
             if not call.done():
-                send(self._processes[lane])
+                self._send(self._processes[lane], call, method, encoded, left())
 
+        def expire() -> None:
+            if self.state < State.RUNNING:
+                waited = WaitTimeout(self.addr, str(self.state), str(State.RUNNING), timeout or 0.0)
+                call.complete(lambda: _raise(waited))
+
+        reactor = self._network.reactor
         with self._changed:
             early = self.state < State.RUNNING and not method.startswith("Supervisor.")
             if early:
-                reactor = self._network.reactor
                 self._when_running.append(lambda: reactor.execute(go))
-        if not early:
+        if early and timeout is not None:
+            reactor.call_later(timeout, expire)
+        elif not early:
+            try:
+                self._meet(method, deadline)
+            except BigmachineError as error:
+                unmet = error
+                call.complete(lambda: _raise(unmet))
             go()
-        return call
+
+    def _remember(self, method: str, client: Client) -> None:
+        with self._changed:
+            if self.state is State.RUNNING and len(self._direct) < MAX_DIRECT:
+                self._direct[method] = client
 
     def stream(self, method: str, /, *args: Any, timeout: float | None = None, **kwargs: Any) -> ItemStream:
         """Call a generator method and iterate over what it yields, as it comes; a slow reader slows the method down.
@@ -305,7 +351,8 @@ class Machine:
             except MachineStopped:
                 raise
             except (Unreachable, NotReady) as error:
-                if getattr(error, "sent", False) or left < pause:
+                raised_there = isinstance(error.__cause__, RemoteTraceback)  # By the method: it has run.
+                if raised_there or getattr(error, "sent", False) or left < pause:
                     raise
             time.sleep(pause)
         raise AssertionError("the pauses never end")
@@ -324,9 +371,30 @@ class Machine:
                     raise WaitTimeout(self.addr, str(self.state), str(State.RUNNING), timeout or 0.0)
             if self.state is State.STOPPED:
                 raise self._stopped()
+        self._meet(method, deadline)
         if method in self.parallel and self.maxprocs > 1:
             return None
         return self._client_of(method)
+
+    def _meet(self, method: str, deadline: float | None) -> None:
+        """Before the first call to a machine that was dialled: ask it which of its methods are parallel."""
+        if self._met or method.startswith("Supervisor."):
+            return
+        left = VITALS_TIMEOUT if deadline is None else max(0.001, deadline - time.monotonic())
+        with self._meeting:
+            if self._met:
+                return
+            try:
+                described = self._processes[0].call("Process.describe", (), {}, min(left, VITALS_TIMEOUT))
+            except Unreachable as error:
+                raise self._if_stopped(error) from error.__cause__
+            if described is not None:  # Else its services are not set up yet, as the call will be told, too.
+                maxprocs, parallel = described
+                host, port, id = parse_address(self.addr)
+                self._processes += [self._network.client(host, port, id, n, self._explain) for n in range(1, maxprocs)]
+                self._lanes = Lanes(maxprocs)
+                self.maxprocs, self.parallel = maxprocs, parallel
+                self._met = True
 
     def _client_of(self, method: str) -> Client:
         if method.startswith("Supervisor."):
@@ -406,7 +474,9 @@ class Machine:
         except ValueError as error:
             raise UsageError(str(error)) from None
         machine = cls(id, network, owned=False)
+        machine.starting()
         machine.located(host, port, 1)
+        machine.running()  # As far as we know: a call will show.
         return machine
 
 

@@ -135,13 +135,22 @@ class Session:
             self._closed = True
             owned = list(self._owned)
             dialled = list(self._dialled.values())
-        enders = [threading.Thread(target=each.end, args=(True,), name="bigmachine-end") for each in owned]
-        for ender in enders:
-            ender.start()
+        for each in owned:
+            each.begin_end(None)  # First all, as it does not wait; `end` does.
+        enders = []
+        for each in owned:
+            ender = threading.Thread(target=each.end, args=(True,), name="bigmachine-end")
+            try:
+                ender.start()
+            except RuntimeError:
+                each.end(True)  # From Python 3.12 on, `atexit` is too late for threads.
+            else:
+                enders.append(ender)
         for ender in enders:
             ender.join()
         for machine in dialled:
             machine.stopped(None)
+            machine.disconnect()
         if self._fleet is not None:
             self._fleet.launcher.close()
 
@@ -173,19 +182,19 @@ def _with(program: Program, environ: Mapping[str, str], args: Sequence[str] | No
 
 def _launch(fleet: Fleet, program: Program, owned: Sequence[_Owned]) -> None:
     """Order the machines, and boot each on a thread of its own."""
+    wanted = [each for each in owned if each.starting()]
     try:
-        for each in owned:
-            each.machine.starting()  # A session that was shut down at once makes this raise.
         orders = [
             Order(each.machine.id, fleet.issuer.issue(Role.MACHINE, each.machine.id), program, fleet.lease)
-            for each in owned
+            for each in wanted
         ]
-        futures = fleet.launcher.launch(orders)
+        futures = fleet.launcher.launch(orders) if orders else []
     except Exception as error:  # A launcher is somebody else's code: whatever it raises, the machines are not to hang.
-        for each in owned:
+        for each in wanted:
+            each.ordered.set()
             each.lost(error)
         return
-    for each, future in zip(owned, futures, strict=True):
+    for each, future in zip(wanted, futures, strict=True):
         each.boot(future)
 
 
@@ -205,12 +214,28 @@ class _Owned:
         self._reader: threading.Thread | None = None
         self._lock = threading.Lock()
         self._ending = False
+        self._begun = threading.Event()
+        self._finishing = False
+        self._graceful = True
+        self._asked: Call[Any] | None = None
         self._gone = threading.Event()
+        self.ordered = threading.Event()
+        """The launcher knows of the machine, or never will: from now on its `stop` is effective."""
 
     # -- Birth -------------------------------------------------------------------------------------------------------
 
+    def starting(self) -> bool:
+        """The machine is about to be ordered. False where it has been ended before that."""
+        with self._lock:
+            if not self._ending:
+                self.machine.starting()
+                return True
+        self.ordered.set()
+        return False
+
     def boot(self, launched: Any) -> None:
         """Boot on a thread."""
+        self.ordered.set()
         boot = Boot(
             self.machine, launched, self._services, self._connected, self._last_output, decode=self._network.codec
         )
@@ -229,9 +254,12 @@ class _Owned:
             pass  # It was stopped at the last moment.
 
     def _connected(self) -> None:
-        self._keepalive.start()
-        self._reader = threading.Thread(target=self._read, name=f"bigmachine-output-{self.machine.id}", daemon=True)
-        self._reader.start()
+        with self._lock:
+            if self._ending:
+                raise MachineStopped(self.machine.addr, "it was ended while it started")
+            self._keepalive.start()
+            self._reader = threading.Thread(target=self._read, name=f"bigmachine-output-{self.machine.id}", daemon=True)
+            self._reader.start()
 
     # -- Life --------------------------------------------------------------------------------------------------------
 
@@ -313,36 +341,64 @@ class _Owned:
 
     def lost(self, error: BaseException) -> None:
         """The machine is gone, or of no use: calls fail at once; then whatever is left of it is ended."""
-        self._stop(error)
+        if self.begin_end(error):
+            self._finish()
 
     def end(self, graceful: bool) -> None:
         """Shut the machine down; returns when it is gone and its output is written. Later calls wait for the first."""
-        self._stop(None if graceful else MachineStopped(self.machine.addr, "it was cancelled", sent=True), graceful)
-        self._gone.wait()
+        self.begin_end(None if graceful else MachineStopped(self.machine.addr, "it was cancelled", sent=True), graceful)
+        self._finish()
 
-    def _stop(self, error: BaseException | None, graceful: bool = True) -> None:
+    def begin_end(self, error: BaseException | None, graceful: bool = True) -> bool:
+        """Fail all calls with `error`, and ask the machine to end; does not wait. False where that has been done."""
         with self._lock:
             if self._ending:
-                return
+                return False
             self._ending = True
+            self._graceful = graceful
         try:
             self._keepalive.stop()
             self.machine.stopped(error)
             if graceful:
                 self._ask_to_end()
+        finally:
+            self._begun.set()
+        return True
+
+    def _ask_to_end(self) -> None:
+        call: Call[Any] = Call()
+        try:
+            supervisor = self.machine.supervisor
+            if supervisor.connected:
+                encoded = self._network.codec.encode_call("Supervisor.shutdown", (GRACE,), {})
+                supervisor.submit(call, "Supervisor.shutdown", encoded, GRACE + GIVE_UP)
+                self._asked = call
+        except (BigmachineError, OSError):
+            pass  # Its system ends it.
+
+    def _finish(self) -> None:
+        """Returns when the machine is gone: by itself, or ended by its system. The first caller sees to it."""
+        with self._lock:
+            first, self._finishing = not self._finishing, True
+        if not first:
+            self._gone.wait()
+            return
+        try:
+            self._begun.wait()
+            self._await_end()
             self.machine.disconnect()
-            self._fleet.launcher.stop(self.machine.id, GIVE_UP if graceful else 0.0)
+            self.ordered.wait(GIVE_UP)
+            self._fleet.launcher.stop(self.machine.id, GIVE_UP if self._graceful else 0.0)
         finally:
             self._gone.set()
 
-    def _ask_to_end(self) -> None:
+    def _await_end(self) -> None:
+        """Until the machine has done as it was asked, and its output is written."""
         try:
-            supervisor = self.machine.supervisor
-            if not supervisor.connected:
+            if self._asked is None or self._asked.exception(GRACE + GIVE_UP + 1.0) is not None:
                 return
-            supervisor.call("Supervisor.shutdown", (GRACE,), {}, GRACE + GIVE_UP)
-        except (BigmachineError, OSError):
-            return  # Its system ends it.
+        except TimeoutError:
+            return
         reader = self._reader
         if reader is not None and reader is not threading.current_thread():
             reader.join(GIVE_UP)

@@ -34,7 +34,7 @@ from .rpc.reactor import reactor
 from .rpc.server import Server
 from .rpc.stats import MethodStats
 from .rpc.streams import Items, Stream
-from .services import Services
+from .services import Services, parallel_methods
 from .session import Session
 from .supervisor.control import ControlSocket, Message
 from .supervisor.forking import PROCESS, fork_replicas, ready_message
@@ -46,6 +46,11 @@ class ProcessService:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
 
+    def describe(self) -> tuple[int, frozenset[str]] | None:
+        """How many processes serve the machine's parallel methods, and which these are: what a caller has to know. None
+        before the services are set up."""
+        return self._worker.described
+
     def stats(self) -> dict[str, MethodStats]:
         """Figures per method of the calls that this process has served."""
         return self._worker.server.stats.snapshot()
@@ -54,7 +59,11 @@ class ProcessService:
 class Worker:
     """The state of a service process once it has an identity."""
 
-    def __init__(self, machine: str, address: str, credentials: Credentials, main_names: frozenset[str]) -> None:
+    def __init__(
+        self, machine: str, address: str, credentials: Credentials, main_names: frozenset[str], maxprocs: int
+    ) -> None:
+        self.described: tuple[int, frozenset[str]] | None = None
+        self._maxprocs = maxprocs
         self.codec = Codec(main_names, Stream)
         self.handler = Services({"Process": ProcessService(self)})
         self.session = Session(Network(client_context(credentials), self.codec, reactor()), address=address)
@@ -68,6 +77,8 @@ class Worker:
         try:
             services: Mapping[str, object] = decode_services(self.codec, blob)
             self.handler.install(services, self.session)
+            parallel = parallel_methods(services)
+            self.described = (self._maxprocs if parallel else 1), parallel
         except BaseException as error:  # The user's code runs in here; whatever it raises is told to the driver.
             return encode_failure(error, self.codec)
         return None
@@ -104,7 +115,7 @@ def run(control: ControlSocket, main_names: frozenset[str]) -> NoReturn:
                     control.send(ready_message(process))
             case "identity":
                 credentials = Credentials.from_json(message["credentials"])
-                worker = Worker(message["machine"], message["address"], credentials, main_names)
+                worker = Worker(message["machine"], message["address"], credentials, main_names, message["maxprocs"])
                 for sock in early:
                     worker.server.adopt(sock)
                 early.clear()

@@ -323,10 +323,10 @@ def test_a_missing_module_is_explained(codec: Codec, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "elsewhere", module)
     encoded = codec.encode_call(METHOD, (Point(1), Point(2), module.Thing), {})
     del module.Thing
-    with pytest.raises(pickle.UnpicklingError, match="^module 'elsewhere' has no 'Thing' on this machine$"):
+    with pytest.raises(pickle.UnpicklingError, match=r"^module 'elsewhere' has no 'Thing' on this machine$"):
         codec.decode(encoded.pickle)
     monkeypatch.delitem(sys.modules, "elsewhere")
-    with pytest.raises(pickle.UnpicklingError, match="^no module named 'elsewhere' on this machine$"):
+    with pytest.raises(pickle.UnpicklingError, match=r"^no module named 'elsewhere' on this machine$"):
         codec.decode(encoded.pickle)
 
 
@@ -479,8 +479,6 @@ def test_in_band_leaves_nothing_beside_the_pickle(codec: Codec) -> None:
     f, back = codec.decode(codec.encode_in_band((lambda: 1, array), "it"))
     assert f() == 1
     assert np.array_equal(back, array)
-    with pytest.raises(NotPicklable, match="cannot pickle it: a byte stream"):
-        codec.encode_in_band([Stream("s")], "it")
     with pytest.raises(NotPicklable, match="lock"):
         codec.encode_in_band([threading.Lock()], "it")
 
@@ -510,6 +508,13 @@ def test_a_stream_type_that_plain_pickle_would_take_is_recognised_all_the_same()
     stream = PlainStream()
     assert codec.encode_call(METHOD, (1,), {}).streams == []
     assert codec.encode_call(METHOD, ([stream],), {}).streams == [stream]
+    assert codec.encode_call("Other.method", (lambda: 1, stream), {}).streams == [stream]
+
+
+def test_a_reply_holds_no_stream(codec: Codec) -> None:
+    for encode in (codec.encode, codec.encode_in_band):
+        with pytest.raises(NotPicklable, match="cannot pickle the reply: a byte stream can only be an argument"):
+            encode({"s": Stream("s")}, "the reply")
 
 
 def test_a_stream_that_did_not_come_is_an_error(codec: Codec) -> None:
@@ -561,7 +566,7 @@ def test_the_place_is_not_guessed_where_a_class_pickles_in_its_own_way(codec: Co
 def test_a_value_that_holds_itself_and_a_lock(codec: Codec) -> None:
     ring: list[object] = []
     ring.extend((ring, threading.Lock()))
-    assert refusal(codec, ring).what == "argument 1 of PI.sample"
+    assert refusal(codec, ring).reason.endswith("(at [1])")
 
 
 def test_a_large_argument_beside_one_that_does_not_pickle(codec: Codec) -> None:
@@ -585,7 +590,7 @@ def test_too_deep_a_value_is_an_error_and_no_crash(codec: Codec) -> None:
     value: list[Any] = []
     for _ in range(100_000):
         value = [value]
-    with pytest.raises(NotPicklable, match="argument 1 of PI.sample: .*recursion"):
+    with pytest.raises(NotPicklable, match=r"argument 1 of PI\.sample: .*recursion"):
         codec.encode_call(METHOD, (value,), {})
     while value:
         value = value.pop()

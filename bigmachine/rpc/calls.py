@@ -5,10 +5,10 @@ from __future__ import annotations
 import concurrent.futures
 import time
 from collections.abc import Callable, Generator
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from .reactor import Timer
-from .transport import Waiter
+from .transport import Transport, Waiter
 
 T = TypeVar("T")
 
@@ -33,6 +33,14 @@ class Pending(Waiter):
         self.received = 0
 
 
+class _Way(Protocol):
+    """The connection that a call was sent on."""
+
+    transport: Transport
+
+    def cancel(self, pending: Pending) -> None: ...
+
+
 class Call(concurrent.futures.Future[T], Generic[T]):
     """A submitted call: a `concurrent.futures.Future` that can be awaited too.
 
@@ -43,16 +51,16 @@ class Call(concurrent.futures.Future[T], Generic[T]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._wait_for_reply: Callable[[float | None], None] | None = None
-        self._cancel_there: Callable[[], None] | None = None
+        self._way: _Way | None = None
+        self._pending: Pending | None = None
         self._watched = False
 
-    def under_way(self, wait: Callable[[float | None], None] | None, cancel: Callable[[], None]) -> None:
-        """The call was sent: `wait` helps the reply to arrive, until a deadline; `cancel` cancels it on the far side."""
-        self._wait_for_reply = wait
-        self._cancel_there = cancel
+    def under_way(self, way: _Way, pending: Pending) -> None:
+        """The call was sent on `way`, and is `pending` there."""
+        self._pending = pending
+        self._way = way
         if self.cancelled():
-            cancel()
+            way.cancel(pending)
 
     @property
     def watched(self) -> bool:
@@ -74,34 +82,36 @@ class Call(concurrent.futures.Future[T], Generic[T]):
 
     def _read(self, timeout: float | None) -> float | None:
         """Lead the connection until the reply is there; returns what is left of `timeout`."""
-        wait = self._wait_for_reply
-        if wait is None or self.done():
+        way, pending = self._way, self._pending
+        if way is None or pending is None or pending.done:
             return timeout
-        deadline = None if timeout is None else time.monotonic() + timeout
-        wait(deadline)
-        return None if deadline is None else max(0.0, deadline - time.monotonic())
+        if timeout is None:
+            way.transport.wait(pending)
+            return None
+        deadline = time.monotonic() + timeout
+        way.transport.wait(pending, deadline)
+        return max(0.0, deadline - time.monotonic())
 
     def cancel(self) -> bool:
         """See the class."""
+        if self.cancelled():
+            return True
         if not super().cancel():
             return False
-        cancel, self._cancel_there = self._cancel_there, None
-        if cancel is not None:
-            cancel()
+        if self._way is not None and self._pending is not None:
+            self._way.cancel(self._pending)
+            self._pending.wake()
         return True
 
     def complete(self, outcome: Outcome) -> None:
         """Set the result or the exception that `outcome` gives; without effect where the call was cancelled."""
         try:
-            value = outcome()
-        except BaseException as error:  # Whatever the method raised is the caller's, not this thread's.
-            self._set(lambda: self.set_exception(error))
-        else:
-            self._set(lambda: self.set_result(value))
-
-    def _set(self, setter: Callable[[], None]) -> None:
-        try:
-            setter()
+            try:
+                value = outcome()
+            except BaseException as error:  # Whatever the method raised is the caller's, not this thread's.
+                self.set_exception(error)
+            else:
+                self.set_result(value)
         except concurrent.futures.InvalidStateError:
             pass  # Cancelled, or timed out, in the meantime.
 

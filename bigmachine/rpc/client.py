@@ -57,6 +57,10 @@ CONNECT_TIMEOUT = 20.0
 ACKNOWLEDGE = 256 * 1024
 """Bytes of channel messages after which the peer's window is given back: rarely, as it costs a frame."""
 
+OVERLAP = 4
+"""Calls under way on a connection from which on another `submit` may wait for more of them, for a tick at most: it is not
+the first thing that the machine will do."""
+
 MAX_FAILURE = 4 * 1024 * 1024
 """Bytes of an error body that are read: a pickled exception is at most 1 MiB, its traceback 64 KiB."""
 
@@ -105,7 +109,6 @@ class ClientConnection:
         self._pendings: dict[int, Pending] = {}
         self._exchanges: dict[int, Exchange] = {}
         self._slots = threading.Semaphore(MAX_STREAMS - 1)  # The channel has one.
-        self._channel = 0
         self._messages = Messages()
         self._unacknowledged = 0
         self.transport = Transport(sock, self._connection, reactor, self, leads=True)
@@ -124,39 +127,40 @@ class ClientConnection:
 
     def start(self, method: str, encoded: Encoded, timeout: float, call: Call[Any] | None) -> Pending:
         """Send a call. Raises `Unreachable` where it could not be sent."""
-        pending = Pending(method, encoded.nbytes)
+        nbytes = encoded.nbytes if encoded.buffers else len(encoded.pickle)
+        pending = Pending(method, nbytes)
         pending.call = call
-        if encoded.nbytes > SMALL or encoded.streams or len(encoded.buffers) > MAX_BUFFERS:
+        if nbytes > SMALL or encoded.streams or len(encoded.buffers) > MAX_BUFFERS:
             exchange = Exchange(pending)
             self._open(exchange, method, encoded, timeout)
             return pending
-        message = call_parts(method.encode(), timeout, encoded.pickle, encoded.buffers)
+        parts = call_parts(method.encode(), timeout, encoded.pickle, encoded.buffers)
+        size = sum(map(len, parts))
         transport, connection = self.transport, self._connection
         if connection.out_bytes > SMALL:
             transport.wait_for_room()
-        number = next(self._numbers)
-        pending.number = number
-        data = pack(CALL, number, *message)
-        size = len(data)
+        pending.number = number = next(self._numbers)
         with transport.lock:
             if transport.closed is not None or connection.goaway is not None:
                 raise self._not_sent()
-            if not self._channel:
-                self._channel = connection.open(self._headers("", "application/x-bigmachine-calls"))
-            fits = connection.window(self._channel) >= size
-            if fits:
-                self._pendings[number] = pending
-                connection.send_data(self._channel, size, data)
-                transport.flush()
-        if not fits:
+            if connection.channel < 0:
+                connection.use_channel(connection.open(self._headers("", "application/x-bigmachine-calls")))
             self._pendings[number] = pending
-            self._send_on_channel(data)
+            data = connection.message(CALL, number, size, parts)
+            if data is None:
+                pass
+            elif call is not None and len(self._pendings) > OVERLAP:
+                transport.send_soon(data)
+            else:
+                transport.send_now(data)
+        if data is None:
+            self._send_on_channel(pack(CALL, number, *parts))
         return pending
 
     def _send_on_channel(self, data: bytes) -> None:
         """The slow way, when the channel's window is used up: calls wait here until the machine has taken others."""
         try:
-            self.transport.send_body(self._channel, [data])
+            self.transport.send_body(self._connection.channel, [data])
         except Closed:
             pass  # `on_closed` has completed, or will complete, the call.
 
@@ -232,9 +236,9 @@ class ClientConnection:
             if self.transport.closed is not None:
                 return
             if self._pendings.pop(pending.number, None) is not None:
-                if self._connection.window(self._channel) >= 9:
-                    self._connection.send_data(self._channel, 9, pack(CANCEL, pending.number))
-                self.transport.flush()
+                data = self._connection.message(CANCEL, pending.number, 0, ())
+                if data is not None:  # Else the far side is so busy that it will answer before it reads this.
+                    self.transport.send_now(data)
         exchange = next((found for found in self._exchanges.values() if found.pending is pending), None)
         if exchange is not None:
             self._give_up(exchange, None)
@@ -276,15 +280,12 @@ class ClientConnection:
 
     def on_event(self, event: Event) -> None:
         """Dispatch; by the holder of the role."""
-        if event[0] == self._channel and type(event) is Data:
-            self._on_channel(event)
-            return
         if type(event) is GoneAway:
             self._on_goaway(event)
             return
         exchange = self._exchanges.get(event[0])
         if exchange is None:
-            if event[0] == self._channel and type(event) in (Reset, Ended):
+            if event[0] == self._connection.channel and type(event) in (Reset, Ended):
                 self.transport.fail(Closed("the peer closed the call channel"))
             return
         if type(event) is Headed:
@@ -298,9 +299,10 @@ class ClientConnection:
         elif type(event) is Filled:
             pass  # The end follows.
 
-    def _on_channel(self, event: Data) -> None:
+    def on_channel(self, data: bytes) -> None:
+        """Replies; by the holder of the role."""
         try:
-            messages = self._messages.feed(event.data)
+            messages = self._messages.feed(data)
         except MessageError as error:
             self.transport.fail(Closed(str(error)))
             return
@@ -317,9 +319,9 @@ class ClientConnection:
                 self._finish(pending, _raiser(refusal(parse_refused(body)[0], pending.method, parse_refused(body)[1])))
             elif kind == LARGE:
                 self._collect(pending)
-        self._unacknowledged += event.size
+        self._unacknowledged += len(data)
         if self._unacknowledged >= ACKNOWLEDGE:
-            self._consumed(self._channel, self._unacknowledged)
+            self._consumed(self._connection.channel, self._unacknowledged)
             self._unacknowledged = 0
 
     def _collect(self, pending: Pending) -> None:
@@ -450,14 +452,14 @@ class ClientConnection:
             pending.wake()
             return
 
-        def complete() -> None:
-            call.complete(outcome)
-            pending.wake()
-
         if call.watched or pending.received > SMALL:
-            self._reactor.execute(complete)
+            self._reactor.execute(lambda: self._complete(pending, call, outcome))
         else:
-            complete()
+            self._complete(pending, call, outcome)
+
+    def _complete(self, pending: Pending, call: Call[Any], outcome: Outcome) -> None:
+        call.complete(outcome)
+        pending.wake()
 
     def _result_outcome(self, body: memoryview) -> Outcome:
         def outcome() -> Any:
@@ -665,8 +667,7 @@ class Client:
         """Send a call; `call` is completed when it ends. Returns when the arguments are on their way."""
         connection = self.connection(timeout)
         pending = connection.start(method, encoded, timeout or 0.0, call)
-        transport = connection.transport
-        call.under_way(lambda deadline: _wait(transport, pending, deadline), lambda: connection.cancel(pending))
+        call.under_way(connection, pending)
         if timeout is not None:
             error = CallTimeout(method, self.address, timeout)
 
@@ -702,7 +703,3 @@ class Client:
             connection, self._connection = self._connection, None
         if connection is not None:
             connection.close(reason)
-
-
-def _wait(transport: Transport, pending: Pending, deadline: float | None) -> None:
-    transport.wait(pending, deadline)

@@ -64,6 +64,7 @@ about every object, integers included."""
 _MAIN = b"\x8c\x08__main__\x94"
 """A short string, and that it is remembered: how the C pickler writes the name when it first needs it."""
 _NAMED = (type, types.FunctionType)
+_STREAM = "a byte stream can only be an argument of a call, or a part of one"
 
 
 class Encoded(NamedTuple):
@@ -94,11 +95,17 @@ class Codec:
         self._rungs: dict[str, int] = {}
 
     def encode(self, value: object, what: str) -> Encoded:
-        """Encode one value. Raises `NotPicklable(what, ...)`; `what` is text: "the reply of PI.sample"."""
+        """Encode one value. Raises `NotPicklable(what, ...)`; `what` is text: "the reply of PI.sample".
+
+        It cannot hold streams: nobody could say when a reply's would be read.
+        """
         try:
-            return self._encode(_Raw(value) if _is_raw(value) else value, what)
+            encoded = self._encode(_Raw(value) if _is_raw(value) else value, what)
         except Exception as error:
             raise NotPicklable(what, self._reason(value, error)) from error
+        if encoded.streams:
+            raise NotPicklable(what, _STREAM)
+        return encoded
 
     def encode_call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Encoded:
         """Encode the pair `(args, kwargs)`. Raises `NotPicklable`, which names the argument, counted from 1."""
@@ -116,13 +123,13 @@ class Codec:
             raise NotPicklable(f"the arguments of {method}", _text(error)) from error
 
     def encode_in_band(self, value: object, what: str) -> bytes:
-        """Encode one value as a single pickle, with nothing beside it. Raises `NotPicklable`; streams are refused."""
+        """Encode one value as a single pickle, with nothing beside it. Raises `NotPicklable`, as `encode` does."""
         try:
             _, (pickled, _, streams) = self._climb(value, in_band=True)
         except Exception as error:
             raise NotPicklable(what, self._reason(value, error)) from error
         if streams:
-            raise NotPicklable(what, "a byte stream can only be an argument or a reply")
+            raise NotPicklable(what, _STREAM)
         return pickled
 
     def decode(self, data: ReadableBuffer, buffers: Iterable[Any] = (), streams: Sequence[object] = ()) -> Any:
@@ -202,11 +209,15 @@ class Codec:
     def _reason(self, value: object, error: Exception) -> str:
         """The text of the exception, and where in `value` the part is that raised it."""
         path = ""
-        for _ in range(MAX_DEPTH):
-            for step, child in _children(value):
+        above = [value]
+        while len(above) < MAX_DEPTH:
+            for step, child in _children(above[-1]):
+                if any(child is other for other in above):
+                    continue  # A cycle: it holds what fails, but is not the reason.
                 failure = self._failure(child)
                 if failure is not None:
-                    path, value, error = path + step, child, failure
+                    path, error = path + step, failure
+                    above.append(child)
                     break
             else:
                 break

@@ -26,7 +26,7 @@ from __future__ import annotations
 import struct
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import h2.config
 import h2.connection
@@ -61,6 +61,7 @@ SCRATCH = 64 * 1024
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 _HEADER = struct.Struct(">BHBBI")
+_HEADERS = struct.Struct(">BHBBIIBI")  # A DATA frame's header and that of the only message in it.
 _DATA = 0x0
 _END_STREAM = 0x1
 _PADDED = 0x8
@@ -150,6 +151,9 @@ class Connection:
         self.events: deque[Event] = deque()
         self.out: deque[bytes | memoryview] = deque()
         self.out_bytes = 0
+        self.channel = -1  # The stream that carries messages, once there is one.
+        self.channel_data: list[bytes] = []
+        self._channel_stream: Any = None
         self.windows_opened = 0  # Counts whatever may let a blocked sender go on.
         self.goaway: GoneAway | None = None
         self._h2 = h2.connection.H2Connection(
@@ -238,6 +242,23 @@ class Connection:
             self.out.append(header)
             self.out.extend(parts)
         self.out_bytes += size + 9
+
+    def use_channel(self, stream: int) -> None:
+        """`stream` carries messages: what arrives on it collects in `channel_data`, not in `events`."""
+        self.channel = stream
+        self._channel_stream = self._h2.streams[stream]
+
+    def message(self, kind: int, number: int, size: int, parts: tuple[bytes | bytearray | memoryview, ...]) -> bytes | None:
+        """The bytes of a DATA frame that holds one message (see `channel`) with a body of `size` bytes, to be sent next.
+        None where the channel's window has no room for it."""
+        total = size + 9
+        machine, stream = self._h2, self._channel_stream
+        if machine.outbound_flow_control_window < total or stream.outbound_flow_control_window < total:
+            return None
+        machine.outbound_flow_control_window -= total
+        stream.outbound_flow_control_window -= total
+        head = _HEADERS.pack(total >> 16, total & 0xFFFF, _DATA, 0, self.channel, size, kind, number)
+        return b"".join((head, *parts))
 
     @property
     def frame_size(self) -> int:
@@ -364,6 +385,14 @@ class Connection:
             self._left -= n
             self._after_data(receiving, n)
             return
+        if not self._end and not self._left and n > 9:
+            # By far the most frequent: exactly one frame, of the channel, as its sender wrote it.
+            high, low, kind, flags, stream = _HEADER.unpack_from(self._buffer)
+            length = high << 16 | low
+            if stream == self.channel and not kind and not flags and length == n - 9:
+                self._debit(self._receiving.get(stream), length)
+                self.channel_data.append(bytes(self._view[9:n]))
+                return
         self._end += n
         if self._need_preface and not self._read_preface():
             return
@@ -427,6 +456,8 @@ class Connection:
             n = min(n, len(view))
             view[:n] = self._view[self._start : self._start + n]
             receiving.sink.advance(n)
+        elif self._stream == self.channel:
+            self.channel_data.append(bytes(self._view[self._start : self._start + n]))
         elif receiving is not None:
             self.events.append(Data(self._stream, bytes(self._view[self._start : self._start + n]), n))
         self._start += n

@@ -53,6 +53,13 @@ class Stealable(Protocol):
         """Give up the role that the worker holds; called on the monitor thread, must not block."""
 
 
+class Lingering(Protocol):
+    """Something that a user's thread was reading until just now, and will most likely read again at once."""
+
+    def settle(self) -> bool:
+        """Once a tick, on the monitor thread: True where nobody came back, and a worker watches it again from now on."""
+
+
 class _Poller(Protocol):
     def add(self, fd: int) -> None: ...
     def arm(self, fd: int, events: int) -> None: ...
@@ -181,7 +188,7 @@ class Timer:
         self.callback = None
 
 
-class _Worker(threading.Thread):
+class Worker(threading.Thread):
     """One thread of the pool. `turn` changes whenever it makes progress; `holding` is what can be stolen from it."""
 
     def __init__(self, reactor: Reactor, name: str) -> None:
@@ -190,6 +197,7 @@ class _Worker(threading.Thread):
         self.turn = 0
         self.busy = False
         self.slow = False
+        self.lingering = False  # It waits for more of what it has just served: neither idle nor at work.
         self.holding: list[Stealable] = []  # At most one. `list.pop` is atomic: it decides between `leave` and the monitor.
 
     def run(self) -> None:
@@ -223,7 +231,7 @@ class _Worker(threading.Thread):
 
 
 class _Current(threading.local):
-    worker: _Worker | None = None
+    worker: Worker | None = None
 
 
 _current = _Current()
@@ -236,7 +244,7 @@ def report_bug(where: str) -> None:
         stderr.write(f"bigmachine: unexpected error in {where}; please report it\n{traceback.format_exc()}")
 
 
-def enter(stealable: Stealable) -> _Worker | None:
+def enter(stealable: Stealable) -> Worker | None:
     """Announce that this thread is about to run user code while it holds `stealable`. Returns a token for `leave`."""
     worker = _current.worker
     if worker is not None:
@@ -245,7 +253,13 @@ def enter(stealable: Stealable) -> _Worker | None:
     return worker
 
 
-def leave(worker: _Worker | None) -> bool:
+def begin_linger() -> Worker | None:
+    """The worker that this thread is, if it may linger: not while it is being replaced for being slow."""
+    worker = _current.worker
+    return None if worker is None or worker.slow else worker
+
+
+def leave(worker: Worker | None) -> bool:
     """User code has returned. True where the stealable is still held."""
     if worker is None:
         return True
@@ -265,7 +279,7 @@ class Reactor:
         self._max_workers = max_workers
         self._lock = threading.Lock()
         self._watches: dict[int, Watch] = {}
-        self._workers: set[_Worker] = set()
+        self._workers: set[Worker] = set()
         self._names = itertools.count(1)
         self._jobs: deque[Callable[[], None]] = deque()
         self._wake_fd, self._wake_write = os.pipe()
@@ -273,6 +287,7 @@ class Reactor:
         os.set_blocking(self._wake_write, False)
         self._poller.add(self._wake_fd)
         self._poller.arm(self._wake_fd, READ)
+        self._lingering: list[Lingering] = []
         self._timers: list[tuple[float, int, Timer]] = []
         self._timer_ids = itertools.count()
         self._monitor: threading.Thread | None = None
@@ -297,6 +312,14 @@ class Reactor:
         self._jobs.append(job)
         self._start()
         self._wake()
+
+    def linger(self, lingering: Lingering) -> None:
+        """Ask `lingering` once a tick whether it has settled, until it has."""
+        with self._lock:
+            self._lingering.append(lingering)
+        self._start()
+        if self._asleep:
+            self._wake_monitor()
 
     def call_later(self, delay: float, callback: Callable[[], None]) -> Timer:
         """Run `callback` on a worker thread `delay` seconds from now."""
@@ -333,11 +356,11 @@ class Reactor:
 
     def _add_worker(self) -> None:
         if len(self._workers) < self._max_workers:
-            worker = _Worker(self, f"bigmachine-{next(self._names)}")
+            worker = Worker(self, f"bigmachine-{next(self._names)}")
             self._workers.add(worker)
             worker.start()
 
-    def _retire(self, worker: _Worker) -> bool:
+    def _retire(self, worker: Worker) -> bool:
         """A worker that was slow, and therefore replaced, ends when enough others are idle."""
         with self._lock:
             if sum(1 for other in self._workers if not other.busy) >= 4:
@@ -360,6 +383,8 @@ class Reactor:
             job = self._jobs.popleft()
         except IndexError:
             job = None
+        if self.closed:
+            return
         if self._jobs:
             self._wake()
         self._poller.arm(self._wake_fd, READ)
@@ -376,11 +401,11 @@ class Reactor:
             pass  # It is already awake.
 
     def _watch_workers(self) -> None:
-        seen: dict[_Worker, int] = {}
+        seen: dict[Worker, int] = {}
         quiet = 0
         while not self.closed:
             try:
-                busy = self._tick(seen)
+                busy = self._tick(seen) | self._settle()
                 due = self._run_timers()
             except BaseException:  # Rule 3, as in the workers: nobody joins this thread.
                 report_bug("the reactor's monitor")
@@ -390,7 +415,7 @@ class Reactor:
                 time.sleep(TICK if due is None else min(TICK, due))
                 continue
             self._asleep = True
-            if any(worker.busy and not worker.slow for worker in list(self._workers)):
+            if self._lingering or any(worker.busy and not worker.slow for worker in list(self._workers)):
                 self._asleep = False  # It became busy after the tick, and may have found the monitor awake.
                 continue
             if due is None:
@@ -399,7 +424,7 @@ class Reactor:
                 self._bell.acquire(timeout=min(due, threading.TIMEOUT_MAX))
             self._asleep = False
 
-    def _tick(self, seen: dict[_Worker, int]) -> bool:
+    def _tick(self, seen: dict[Worker, int]) -> bool:
         """Look at every worker once; True while one is busy that has not been found slow yet."""
         busy = False
         idle = 0
@@ -408,6 +433,8 @@ class Reactor:
         for worker in workers:
             if not worker.busy:
                 idle += 1
+                continue
+            if worker.lingering:
                 continue
             turn = worker.turn
             if seen.get(worker) != turn:
@@ -430,6 +457,16 @@ class Reactor:
             for gone in seen.keys() - set(workers):
                 del seen[gone]
         return busy
+
+    def _settle(self) -> bool:
+        """True while something lingers."""
+        if not self._lingering:
+            return False
+        settled = [lingering for lingering in self._lingering if lingering.settle()]
+        with self._lock:
+            for lingering in settled:
+                self._lingering.remove(lingering)
+        return bool(self._lingering)
 
     def _run_timers(self) -> float | None:
         """Hand due timers to the workers; seconds until the next, None where there is none."""

@@ -27,7 +27,7 @@ from .codec import Codec, Encoded
 from .connection import Connection, Data, Ended, Event, Filled, GoneAway, Headed, Reset
 from .failures import encode_failure, reduce_failure
 from .methods import CallContext, Handler, Kind, Method, current_call
-from .reactor import READ, WRITE, Reactor, enter, leave
+from .reactor import READ, WRITE, Reactor, begin_linger, enter, leave
 from .stats import Stats
 from .streams import Body, Inbox, incoming_file, layout, pack_item, parse_layout
 from .transport import Closed, Transport
@@ -80,7 +80,7 @@ class ServerConnection:
         self.caller = caller
         self._server = server
         self._connection = Connection(client=False)
-        self._channel = 0
+        self._caller_name = str(caller)
         self._messages = channel.Messages()
         self._inbox: deque[channel.Message] = deque()
         self._unacknowledged = 0
@@ -95,27 +95,39 @@ class ServerConnection:
 
     def on_readable(self) -> None:
         """A worker has the role: read, run what came, answer."""
-        self.transport.read()
-        self._drain()
+        transport = self.transport
+        worker = begin_linger()
+        while True:
+            transport.read()
+            if not self._drain():
+                return  # The monitor has passed the role on.
+            if not transport.linger(worker):
+                break
+        transport.release()
 
-    def _drain(self) -> None:
+    def _go_on(self) -> None:
+        """On another worker: what is left of a batch in which a call was slow."""
+        if self._drain():
+            self.transport.release()
+
+    def _drain(self) -> bool:
+        """Run what has arrived, and write the answers. False where the role was lost."""
         inbox = self._inbox
         while inbox:
             _, number, body = inbox.popleft()
             if not self._run(number, body):
-                return  # The monitor has passed the role on.
+                return False
         if self._unacknowledged >= channel.SMALL:
             size, self._unacknowledged = self._unacknowledged, 0
             with self.transport.lock:
-                self._connection.consumed(self._channel, size)
-        self._oldest_reply = math.inf
-        self.transport.release()
+                self._connection.consumed(self._connection.channel, size)
+        return True
 
     def steal(self) -> None:
         """The method that runs on this connection's reader is slow: somebody else goes on (see `reactor.Stealable`)."""
         if self._inbox:
             self._flush()
-            self._server.reactor.execute(self._drain)
+            self._server.reactor.execute(self._go_on)
         else:
             self.transport.release()
 
@@ -136,27 +148,28 @@ class ServerConnection:
             if method.kind is Kind.GENERATOR or method.kind is Kind.ASYNC_GENERATOR:
                 raise BadArguments(method.name, "it yields: call it with `stream`")
         except CallRefused as error:
-            self._reply(number, channel.pack(channel.REFUSED, number, *channel.refused_parts(error.status, error.reason)))
+            self._calls.pop(number, None)
+            self._reply(channel.REFUSED, number, channel.refused_parts(error.status, error.reason))
             return True
         except Exception as error:  # Whatever a malformed message makes of the parser.
             self.transport.fail(Closed(f"a malformed call: {error}"))
             return True
         deadline = time.monotonic() + timeout if timeout else None
-        context = CallContext(method.name, str(self.caller), deadline)
+        context = CallContext(method.name, self._caller_name, deadline)
         self._calls[number] = context
-        finish = functools.partial(self._answer, number, context, started, len(body))
-        if method.kind is Kind.ASYNC:
-            self._start_async(method, context, pickle, buffers, finish)
-            return True
         gate = method.gate
-        if gate is not None:
-            job = functools.partial(self._run_gated, method, context, pickle, buffers, finish)
-            if not gate.enter(job):
+        if gate is not None or method.kind is Kind.ASYNC:
+            finish = functools.partial(self._answer, number, context, started, len(body))
+            if method.kind is Kind.ASYNC:
+                self._start_async(method, context, pickle, buffers, finish)
+                return True
+            assert gate is not None
+            if not gate.enter(functools.partial(self._run_gated, method, context, pickle, buffers, finish)):
                 return True
         token = enter(self)
         result, error = self._invoke(method, context, pickle, buffers)
         held = leave(token)
-        finish(result, error, flush=not held)
+        self._answer(number, context, started, len(body), result, error, flush=not held)
         if gate is not None:
             following = gate.leave()
             if following is not None:
@@ -237,60 +250,58 @@ class ServerConnection:
         """Send the outcome of a call of the channel."""
         codec = self._server.codec
         sent = 0
-        data = b""
+        kind, parts = channel.LARGE, ()
         if error is None:
             try:
                 encoded = codec.encode(result, f"the reply of {context.method}")
-                sent = encoded.nbytes
-                if sent > channel.SMALL or len(encoded.buffers) > channel.MAX_BUFFERS:
-                    self._large[number] = encoded
-                    data = channel.pack(channel.LARGE, number)
-                else:
-                    parts = channel.result_parts(encoded.pickle, encoded.buffers)
-                    data = channel.pack(channel.RESULT, number, *parts)
             except BaseException as problem:  # Users' classes take part in encoding.
                 error = problem
+            else:
+                sent = encoded.nbytes if encoded.buffers else len(encoded.pickle)
+                if sent > channel.SMALL or len(encoded.buffers) > channel.MAX_BUFFERS:
+                    self._large[number] = encoded
+                else:
+                    kind, parts = channel.RESULT, channel.result_parts(encoded.pickle, encoded.buffers)
         if isinstance(error, CallRefused):
-            data = channel.pack(channel.REFUSED, number, *channel.refused_parts(error.status, error.reason))
+            kind, parts = channel.REFUSED, channel.refused_parts(error.status, error.reason)
         elif error is not None:
             failure = encode_failure(error, codec)
             if len(failure) > channel.SMALL:
                 failure = reduce_failure(failure, channel.SMALL)
-            data = channel.pack(channel.RAISED, number, failure)
+            kind, parts = channel.RAISED, (failure,)
         self._server.stats.record(context.method, time.perf_counter() - started, sent, received, error is not None)
         if self._calls.pop(number, None) is None:
             self._large.pop(number, None)
             return  # Cancelled, or the client is gone.
-        self._reply(number, data, flush=flush)
+        self._reply(kind, number, parts, flush=flush)
 
-    def _reply(self, number: int, data: bytes, *, flush: bool = False) -> None:
-        """Queue an answer; write it now where nothing else is about to be answered."""
-        self._calls.pop(number, None)
+    def _reply(self, kind: int, number: int, parts: tuple[channel.Bytes, ...], *, flush: bool = False) -> None:
+        """Write an answer; it waits for others only where more calls of the same batch are about to be answered."""
         transport = self.transport
-        size = len(data)
-        fits = True
         with transport.lock:
             if transport.closed is not None:
                 return
-            fits = self._connection.window(self._channel) >= size and size <= self._connection.frame_size
-            if fits:
-                self._connection.send_data(self._channel, size, data)
-                if flush or not self._inbox:
+            data = self._connection.message(kind, number, sum(map(len, parts)), parts)
+            if data is None:
+                pass
+            elif flush or not self._inbox:
+                transport.send_now(data)
+            else:
+                self._connection.out.append(data)
+                self._connection.out_bytes += len(data)
+                now = time.perf_counter()
+                if now - self._oldest_reply > REPLY_DELAY:
+                    self._oldest_reply = math.inf
                     transport.flush()
-                else:
-                    now = time.perf_counter()
-                    if now - self._oldest_reply > REPLY_DELAY:
-                        self._oldest_reply = math.inf
-                        transport.flush()
-                    elif self._oldest_reply == math.inf:
-                        self._oldest_reply = now
-        if not fits:
-            self._server.reactor.execute(lambda: self._send_on_channel(data))
+                elif self._oldest_reply == math.inf:
+                    self._oldest_reply = now
+        if data is None:
+            self._server.reactor.execute(lambda: self._send_on_channel(channel.pack(kind, number, *parts)))
 
     def _send_on_channel(self, data: bytes) -> None:
         """The slow way, when the client has not read its replies: without the role."""
         try:
-            self.transport.send_body(self._channel, [data])
+            self.transport.send_body(self._connection.channel, [data])
         except Closed:
             pass
 
@@ -309,9 +320,7 @@ class ServerConnection:
 
     def on_event(self, event: Event) -> None:
         """Dispatch; by the holder of the role."""
-        if type(event) is Data and event.stream == self._channel:
-            self._on_channel(event)
-        elif type(event) is Headed:
+        if type(event) is Headed:
             self._on_request(event)
         elif type(event) is GoneAway:
             if event.code:
@@ -320,13 +329,18 @@ class ServerConnection:
             request = self._requests.get(event.stream)  # type: ignore[union-attr]
             if request is not None:
                 self._on_body(request, event)
-            elif type(event) is not Filled and event.stream == self._channel:  # type: ignore[union-attr]
+            elif event.stream != self._connection.channel:  # type: ignore[union-attr]
+                pass  # Of a call that was refused or given up.
+            elif type(event) is Data:
+                self.on_channel(bytes(event.data))  # Came together with the headers that opened the channel.
+            elif type(event) is not Filled:
                 self.transport.fail(Closed("the client closed the call channel"))
 
-    def _on_channel(self, event: Data) -> None:
-        self._unacknowledged += event.size
+    def on_channel(self, data: bytes) -> None:
+        """Calls and cancellations; by the holder of the role, who runs them afterwards."""
+        self._unacknowledged += len(data)
         try:
-            messages = self._messages.feed(event.data)
+            messages = self._messages.feed(data)
         except channel.MessageError as error:
             self.transport.fail(Closed(str(error)))
             return
@@ -353,11 +367,11 @@ class ServerConnection:
         elif not path.startswith("/bigrpc/"):
             self._respond_text(event.stream, 404, f"no such path: {path}; calls go to /bigrpc/<Service>.<method>")
         elif path == "/bigrpc/":
-            if self._channel:
+            if self._connection.channel >= 0:
                 self._respond_text(event.stream, 400, "a connection has one call channel")
                 return
-            self._channel = event.stream
             with self.transport.lock:
+                self._connection.use_channel(event.stream)
                 self._connection.send_headers(event.stream, [(":status", "200")])
         elif path == "/bigrpc/-/reply":
             self._on_collect(event.stream, headers.get("bigm-call", ""))
@@ -369,7 +383,7 @@ class ServerConnection:
             method = self._server.handler.find(name, self.caller)
             timeout = float(headers.get("bigm-timeout", "0"))
             deadline = time.monotonic() + timeout if timeout > 0 else None
-            request = _Request(event.stream, method, CallContext(method.name, str(self.caller), deadline), headers)
+            request = _Request(event.stream, method, CallContext(method.name, self._caller_name, deadline), headers)
             if request.content_type not in (JSON, PICKLE):
                 raise BadArguments(name, f"content-type {request.content_type!r}: use {JSON} or {PICKLE}")
             if "bigm-layout" in headers:

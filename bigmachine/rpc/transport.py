@@ -6,7 +6,8 @@ Rule 1. At most one thread reads a connection at a time: it holds the *role*. Wh
 the reactor, and the worker that wakes takes the role. A thread that waits for something to arrive (`wait`) takes the
 role itself where it is free, and reads until what it waits for is there, dispatching what is others' on the way: on an
 idle connection a call is made, answered and returned on one thread. The other waiters follow: they sleep, and whoever
-gives the role up hands it to one of them, or arms the descriptor again.
+gives the role up hands it to one of them, or arms the descriptor again. Who has led lingers: only when no thread has
+led for a tick is the descriptor armed, so that in a loop of calls no worker wakes for what the caller will read.
 
 Rule 2. `lock` guards the `Connection`, the outbox and the TLS object (which must not be read and written at once before
 Python 3.13). It is held for one TLS record or one frame, never while waiting.
@@ -34,7 +35,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from .connection import Connection, ConnectionFailed, Event
-from .reactor import READ, WRITE, Reactor, Watch
+from .reactor import READ, WRITE, Reactor, Watch, Worker
 
 RECORD = 16 * 1024
 """Bytes of a TLS record: small frames are joined up to this before they are encrypted."""
@@ -44,6 +45,15 @@ DIRECT_BURST = 256 * 1024
 
 OUTBOX_HIGH = 1024 * 1024
 """Bytes in the outbox above which `send_body` waits, and above which callers of small calls do."""
+
+ALL = 2**30
+"""To OpenSSL: as many bytes as the buffer holds, or the record has."""
+
+LINGER = 2
+"""Milliseconds."""
+
+MAX_DEFERRED = 32
+"""Calls that wait for each other, to share a TLS record and a system call, where others are under way already."""
 
 SEND_STALL = 60.0
 """Seconds without any progress after which a blocked sender gives the connection up: the machine's keepalive is quicker
@@ -85,6 +95,9 @@ class Owner(Protocol):
     def on_event(self, event: Event) -> None:
         """Must not block."""
 
+    def on_channel(self, data: bytes) -> None:
+        """Bytes of the call channel. Must not block."""
+
     def on_readable(self) -> None:
         """A reactor worker has taken the role. Ends with `release`, unless the role was stolen meanwhile."""
 
@@ -107,14 +120,17 @@ class Transport:
         self._reactor = reactor
         self._owner = owner
         self._reading = True  # Somebody holds the role; nobody else may before `start`.
+        self._lingering = False  # The role is free and READ is not armed: the last leader is expected back.
+        self._leads_seen = self._leads_taken = 0
         self._blocked = False  # The socket took less than it was offered; WRITE is armed.
         self._followers: deque[Waiter] = deque()
         self._writers: list[Waiter] = []
         self._poll = select.poll()
         self._poll.register(self._fd, select.POLLIN)
-        self._recv_into = sock.recv_into
+        self._read = sock.read  # As `recv_into`, past two layers of checks: it is on the path of every call.
         self._pending = sock.pending
-        self._send = sock.send
+        self._write = sock.write
+        self._deferred = 0
         self._watch: Watch = reactor.watch(self._fd, self._on_ready)
 
     def start(self) -> None:
@@ -129,9 +145,50 @@ class Transport:
 
     # -- Writing -----------------------------------------------------------------------------------------------------
 
+    def send_now(self, data: bytes) -> None:
+        """Send `data` behind what is in the outbox. With the lock held; never blocks, never raises."""
+        connection = self.connection
+        if connection.out or self._blocked:
+            connection.out.append(data)
+            connection.out_bytes += len(data)
+            self.flush()
+            return
+        try:
+            sent = self._write(data)
+        except (ssl.SSLWantWriteError, ssl.SSLWantReadError, BlockingIOError):
+            connection.out.append(data)  # OpenSSL wants to be given the same bytes again.
+            connection.out_bytes += len(data)
+            self._blocked = True
+            self._arm()
+        except (OSError, ValueError) as error:
+            self._fail_later(error)
+        else:
+            if sent < len(data):
+                connection.out.append(memoryview(data)[sent:])
+                connection.out_bytes += len(data) - sent
+                self.flush()
+
+    def send_soon(self, data: bytes) -> None:
+        """Send `data` with what follows, before this thread or another waits for an answer, within a tick at the latest.
+        With the lock held."""
+        connection = self.connection
+        connection.out.append(data)
+        connection.out_bytes += len(data)
+        self._deferred += 1
+        if self._deferred >= MAX_DEFERRED or len(data) > RECORD // 8:
+            self.flush()
+        elif not self._lingering:
+            self._linger()
+
+    def _linger(self) -> None:
+        self._lingering = True
+        self._watch.arm((WRITE if self._blocked else 0) | (0 if self._reading else READ))
+        self._reactor.linger(self)
+
     def flush(self) -> None:
         """Write what the outbox holds, as far as the socket takes it. With the lock held; never blocks, never raises."""
         out = self.connection.out
+        self._deferred = 0
         if self._blocked or not out:
             return
         try:
@@ -139,7 +196,7 @@ class Transport:
                 head = out.popleft()
                 if len(out) and len(head) < RECORD and type(head) is bytes:
                     head = self._join(head)
-                sent = self._send(head)
+                sent = self._write(head)
                 self.connection.out_bytes -= sent
                 if sent < len(head):
                     out.appendleft(memoryview(head)[sent:])
@@ -222,11 +279,15 @@ class Transport:
                 lead = waiter.leading
                 if not lead and self._leads and not self._reading and self.closed is None:
                     self._reading = lead = True
-                    self._watch.arm(WRITE if self._blocked else 0)
+                    self._leads_taken += 1
+                    if not self._lingering:
+                        self._linger()
                 elif not lead and waiter.sleeper is None and self.closed is None:
                     waiter.sleeper = allocate_lock()
                     waiter.sleeper.acquire()
                     self._followers.append(waiter)
+                if not lead and self._deferred:
+                    self.flush()
             if lead:
                 waiter.leading = False
                 in_time = self._lead(waiter, deadline)
@@ -250,6 +311,9 @@ class Transport:
         """Read until `waiter.done`; then give the role up. False on a timeout."""
         try:
             while not waiter.done and self.closed is None:
+                if self._deferred and not self._poll.poll(0):
+                    with self.lock:
+                        self.flush()
                 if deadline is None:
                     self._poll.poll()
                 else:
@@ -261,10 +325,26 @@ class Transport:
         finally:
             self.release()
 
-    def release(self) -> None:
-        """Give the role up: to a follower, else to the reactor."""
+    def settle(self) -> bool:
+        """See `reactor.Lingering`: give the descriptor back to the workers when no thread has led for a tick."""
         with self.lock:
-            self.flush()
+            if self.closed is not None:
+                return True
+            if self._deferred:
+                self.flush()
+                return False
+            if self._reading or self._leads_seen != self._leads_taken:
+                self._leads_seen = self._leads_taken
+                return False
+            self._lingering = False
+            self._arm()
+            return True
+
+    def release(self) -> None:
+        """Give the role up: to a follower, else to the reactor, at once or when it has lingered."""
+        with self.lock:
+            if self.connection.out and not self._deferred:
+                self.flush()
             while self._followers:
                 follower = self._followers.popleft()
                 if not follower.done:
@@ -274,13 +354,31 @@ class Transport:
                         _release(sleeper)
                     return
             self._reading = False
-            self._arm()
+            if not self._lingering:
+                self._arm()
 
     def _arm(self) -> None:
         """With the lock held: ask the reactor for what nobody else watches."""
         if self.closed is None:
-            events = (0 if self._reading else READ) | (WRITE if self._blocked else 0)
+            events = (0 if self._reading or self._lingering else READ) | (WRITE if self._blocked else 0)
             self._watch.arm(events)
+
+    def linger(self, worker: Worker | None) -> bool:
+        """Wait a little for the next bytes, on the worker that holds the role: a client that calls in a loop is back at
+        once, and the way through the reactor costs more than the wait. True where there is something to read."""
+        if self.closed is not None:
+            return False
+        if self.connection.out:
+            with self.lock:
+                self.flush()
+        if worker is None:
+            return bool(self._poll.poll(0))
+        worker.lingering = True
+        try:
+            return bool(self._poll.poll(LINGER))
+        finally:
+            worker.lingering = False
+            worker.turn += 1
 
     def read(self) -> None:
         """Read a TLS record, or a burst of a large body, and dispatch it. By the holder of the role; never blocks."""
@@ -293,7 +391,7 @@ class Transport:
                 full = True
                 while full:  # A record that does not fit the buffer is finished: no poller tells of what TLS holds.
                     buffer = connection.get_buffer()
-                    n = self._recv_into(buffer)
+                    n = self._read(ALL, buffer)
                     if not n:
                         raise ConnectionFailed("the peer closed the connection")
                     full = n == len(buffer) and bool(self._pending())
@@ -304,13 +402,17 @@ class Transport:
                 pass
             except (OSError, ValueError, ConnectionFailed) as error:
                 failure = _closed(error)
-            if connection.out:
+            if connection.out and not self._deferred:
                 self.flush()
             if connection.windows_opened and self._writers:
                 for writer in self._writers:
                     writer.wake()
                 self._writers.clear()
             connection.windows_opened = 0
+        if connection.channel_data:
+            data, connection.channel_data = connection.channel_data, []
+            for chunk in data:
+                self._owner.on_channel(chunk)
         events = connection.events
         while events:
             self._owner.on_event(events.popleft())
@@ -320,10 +422,10 @@ class Transport:
     def _fill(self, buffer: memoryview, n: int) -> int:
         """Go on reading into the application's own memory while there is something: one record at a time."""
         limit = min(len(buffer), DIRECT_BURST)
-        recv_into = self._recv_into
+        read = self._read
         try:
             while n < limit:
-                more = recv_into(buffer[n:])
+                more = read(ALL, buffer[n:])
                 if not more:
                     break
                 n += more
@@ -380,7 +482,7 @@ class Transport:
         """Offer what is left (a GOAWAY, perhaps) to the socket, once."""
         try:
             for part in self.connection.out:
-                self._send(part)
+                self._write(part)
         except (OSError, ValueError):
             pass
         self.connection.out.clear()

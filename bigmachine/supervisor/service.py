@@ -45,7 +45,6 @@ class SupervisorService:
         self._end = end
         self._lock = threading.Lock()
         self._blob: bytes | None = None
-        self._replicas = False
         self._parallel: list[str] = []
 
     def ping(self) -> str:
@@ -81,10 +80,6 @@ class SupervisorService:
         blob, self._blob = self._blob, b""
         assert blob is not None
         return self._workers.install(blob, bool(self._parallel), timeout)
-
-    def describe(self) -> dict[str, object]:
-        """What a caller has to know in order to call services here: their parallel methods, and `maxprocs`."""
-        return {"parallel": self._parallel, "maxprocs": self._workers.maxprocs}
 
     def keepalive(self, lease: float) -> float:
         """End yourself unless called again within `lease` seconds. Returns the lease that was granted."""

@@ -72,6 +72,7 @@ class ProcessWorkers:
             "type": "identity",
             "machine": machine,
             "address": address,
+            "maxprocs": maxprocs,
             "credentials": credentials.to_json(),
         }
         self._changed = threading.Condition()

@@ -28,7 +28,7 @@ class _Threads:
 
     def __init__(self, machine: str, credentials: Credentials, address: str, maxprocs: int, names: frozenset[str]) -> None:
         self.maxprocs = maxprocs
-        self._workers = [Worker(machine, address, credentials, names) for _ in range(maxprocs)]
+        self._workers = [Worker(machine, address, credentials, names, maxprocs) for _ in range(maxprocs)]
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._obituary: str | None = None
 
