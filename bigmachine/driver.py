@@ -56,6 +56,7 @@ class _Remember(argparse.Action):
 
 
 _parsed: dict[str, Any] = {}
+_taken: dict[str, Any] = {}  # Out of ``sys.argv``, by the first `start`; the next ones mean the same flags.
 
 
 def take_flags(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -76,6 +77,8 @@ def take_flags(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
             raise UsageError(f"unknown flag -{PREFIX}{name}; there are {', '.join(f'-{PREFIX}{flag}' for flag in FLAGS)}")
         if not equals:
             value = next(words, "")
+        if not value:
+            raise UsageError(f"flag -{PREFIX}{name} needs a value: {FLAGS[name][1]}")
         try:
             flags[name] = FLAGS[name][0](value)
         except ValueError:
@@ -100,7 +103,8 @@ def start(system: str | Launcher | None = None, **options: Any) -> Session:
     flags, rest = take_flags(sys.argv[1:])
     if flags and not _parsed:
         sys.argv[1:] = rest
-    merged = {**flags, **_parsed, **options}
+        _taken.update(flags)
+    merged = {**flags, **_taken, **_parsed, **options}
     chosen = merged.pop("system", None)
     from .launch import open_session, own_program  # Ditto, for the driver: cryptography alone takes 60 ms.
 

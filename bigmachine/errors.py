@@ -185,18 +185,6 @@ class ProgramEnded(BigmachineError):
         return f"{text}; its last output:\n{self.output.rstrip()}" if self.output.strip() else text
 
 
-class SetupFailed(BigmachineError):
-    """The ``setup`` of ``service`` raised; the exception is the cause."""
-
-    def __init__(self, service: str, message: str) -> None:
-        super().__init__(service, message)
-        self.service = service
-        self.message = message
-
-    def __str__(self) -> str:
-        return f"setup of service {self.service!r} raised {self.message}"
-
-
 class ProgramMismatch(BigmachineError):
     """Driver and machine do not run the same thing: ``what`` is ``ours`` here and ``theirs`` there."""
 

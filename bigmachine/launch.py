@@ -8,7 +8,7 @@ import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, NamedTuple
 
 from .authority import Authority
 from .credentials import Role, client_context
@@ -68,42 +68,58 @@ def open_session(
     launcher = make_launcher(system, options, required)
     name = f"s-{secrets.token_hex(4)}"
     authority = Authority(name)
-    context = client_context(authority.issue(Role.DRIVER, name))
-    network = Network(context, Codec(main_names, Stream), reactor())
+    credentials = authority.issue(Role.DRIVER, name)
+    network = Network(lambda: client_context(credentials), Codec(main_names, Stream), reactor())
     return Session(network, fleet=Fleet(launcher, authority, program))
 
 
-def split_command(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """``sys.orig_argv`` as (interpreter's options with the script, module or code; the program's own arguments).
+class Command(NamedTuple):
+    """``sys.orig_argv`` without the interpreter: what `kind` of program it is (``"c"`` code, ``"m"`` a module, ``"file"``
+    a script, a directory or an archive), the interpreter's options with that program, and the program's own arguments.
 
-    The first is empty where there is nothing to execute again: an interactive interpreter, or a program on its standard
-    input.
+    `kind` is empty where there is nothing to execute again: an interactive interpreter, a program on standard input.
     """
+
+    kind: str = ""
+    words: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
+
+
+def split_command(argv: Sequence[str]) -> Command:
+    """Reads the interpreter's options as it does itself (``python --help``): letters may share one dash."""
     at = 1
     while at < len(argv):
         word = argv[at]
-        if word in ("-c", "-m"):
-            return list(argv[1 : at + 2]), list(argv[at + 2 :])
-        if word.startswith(("-c", "-m")) and not word.startswith("--"):
-            return list(argv[1 : at + 1]), list(argv[at + 1 :])
-        if word in ("-W", "-X", "--check-hash-based-pycs"):
-            at += 2
-        elif word == "-" or not word.startswith("-"):
-            return ([], []) if word == "-" else (list(argv[1 : at + 1]), list(argv[at + 1 :]))
-        else:
-            at += 1
-    return [], []
+        if word == "-":
+            break
+        if word == "--" or not word.startswith("-"):
+            end = at + (2 if word == "--" else 1)
+            return Command("file", tuple(argv[1:end]), tuple(argv[end:])) if end <= len(argv) else Command()
+        letter, glued = ("-", "") if word.startswith("--") else _option_with_value(word[1:])
+        end = at + (1 if glued else 2)
+        if letter in ("c", "m"):
+            return Command(letter, tuple(argv[1:end]), tuple(argv[end:]))
+        at = end if letter in ("W", "X") or word == "--check-hash-based-pycs" else at + 1
+    return Command()
+
+
+def _option_with_value(letters: str) -> tuple[str, str]:
+    """The first letter that takes a value, and what of the value stands in the same word; empty where there is none."""
+    for index, letter in enumerate(letters):
+        if letter in "cmWX":
+            return letter, letters[index + 1 :]
+    return "", ""
 
 
 def own_program() -> Program:
     """How to execute this very program again: the same interpreter, options, script and arguments."""
-    command, own = split_command(sys.orig_argv)
+    kind, words, own = split_command(sys.orig_argv)
     file = getattr(sys.modules["__main__"], "__file__", None)
-    if not command or (file is None and not command[-2:-1] == ["-c"]) or "ipykernel" in sys.modules:
+    if not kind or (kind == "file" and file is None) or "ipykernel" in sys.modules:
         return bare_program()
-    if file is not None and "-m" not in command:
-        command[-1] = os.path.abspath(command[-1]) if os.path.exists(command[-1]) else file
-    return Program((sys.executable, *command, *own), cwd=os.getcwd(), own_args=len(own))
+    if kind == "file":  # Whoever has changed the directory meanwhile still has the same program.
+        words = (*words[:-1], os.path.abspath(words[-1]) if os.path.exists(words[-1]) else str(file))
+    return Program((sys.executable, *words, *own), cwd=os.getcwd(), own_args=len(own))
 
 
 def bare_program() -> Program:

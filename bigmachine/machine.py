@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ssl
 import threading
 import time
@@ -45,10 +46,15 @@ MAX_DIRECT = 1000
 class Network:
     """What all connections of a session have in common."""
 
-    def __init__(self, context: ssl.SSLContext, codec: Codec, reactor: Reactor) -> None:
-        self.context = context
+    def __init__(self, context: Callable[[], ssl.SSLContext], codec: Codec, reactor: Reactor) -> None:
+        """`context` makes the TLS context when the first machine is called: most services call none, and it takes 1 ms."""
+        self._make_context = context
         self.codec = codec
         self.reactor = reactor
+
+    @functools.cached_property
+    def context(self) -> ssl.SSLContext:
+        return self._make_context()
 
     def client(
         self, host: str, port: int, id: str, process: int | None, explain: Callable[[Unreachable], BaseException]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from .credentials import Identity, Role
-from .errors import Forbidden, NotReady, SetupFailed, UnknownMethod, UsageError
+from .errors import Forbidden, NotReady, UnknownMethod, UsageError, add_note
 from .rpc.methods import Gate, Kind, Method
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -61,13 +61,17 @@ def parallel_methods(services: Mapping[str, object]) -> frozenset[str]:
     )
 
 
-def check_names(services: Mapping[str, object]) -> None:
-    """Raises `UsageError` for names that cannot be used."""
-    for name in services:
+def check_services(services: Mapping[str, object]) -> None:
+    """Raises `UsageError` for names that cannot be used, and for what would only fail on the machine."""
+    for name, service in services.items():
         if not isinstance(name, str) or not name.isidentifier():
             raise UsageError(f"a service's name must be an identifier: {name!r}")
         if name in RESERVED:
             raise UsageError(f"the service name {name!r} is bigmachine's own; choose another")
+        if inspect.isclass(service):
+            raise UsageError(f"service {name!r} is a class; give an object of it: {service.__name__}()")
+        if inspect.iscoroutinefunction(getattr(service, "setup", None)):
+            raise UsageError(f"the setup of service {name!r} is `async def`; it runs on a thread: write `def`")
 
 
 def method_kind(function: Callable[..., Any]) -> Kind:
@@ -109,14 +113,15 @@ class Services:
         self._names[name] = sorted(functions)
 
     def install(self, services: Mapping[str, object], session: object) -> None:
-        """Set every service up, then serve them all. Raises `SetupFailed` with the exception as its cause."""
+        """Set every service up, then serve them all. Raises what a `setup` raises, with a note that says whose it was."""
         for name, service in services.items():
             setup = getattr(service, "setup", None)
             if setup is not None:
                 try:
                     setup(session)
                 except Exception as error:
-                    raise SetupFailed(name, f"{type(error).__name__}: {error}") from error
+                    add_note(error, f"raised by the setup of service {name!r}")
+                    raise
         with self._lock:
             self.services.update(services)
             for name, service in services.items():

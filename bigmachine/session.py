@@ -17,7 +17,7 @@ from .keepalive import LEASE, Keepalive
 from .machine import Machine, Network
 from .rpc.calls import Call
 from .rpc.streams import pack_item
-from .services import check_names, parallel_methods
+from .services import check_services, parallel_methods
 from .state import State
 from .system import Launcher, Order, Program
 
@@ -26,6 +26,9 @@ GRACE = 3.0
 
 GIVE_UP = 10.0
 """Seconds after `GRACE` in which a machine that was asked to end must have done so; then its system ends it."""
+
+MAX_LINE = 1 << 20
+"""Bytes of a machine's output without an end of line that are held back: so as to keep lines whole, not to keep a memory."""
 
 TAIL = 40
 """Lines of a machine's output that are kept for error messages."""
@@ -86,7 +89,7 @@ class Session:
             raise UsageError("machines are started by the driver; a service can only dial them")
         if n < 1:
             raise UsageError(f"cannot start {n} machines")
-        check_names(services)
+        check_services(services)
         encoded = Services(self._encode(services), parallel_methods(services))
         program = _with(fleet.program, environ or {}, args)
         with self._lock:
@@ -209,7 +212,7 @@ class _Owned:
         self._services = services
         self._write = write
         self._tail: deque[str] = deque(maxlen=TAIL)
-        self._partial: dict[tuple[int, str], str] = {}
+        self._partial: dict[tuple[int, str], bytes] = {}
         self._keepalive = Keepalive(network.reactor, self._renew, self._lost_lease, lease=fleet.lease)
         self._reader: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -302,7 +305,7 @@ class _Owned:
                 if self._ending or machine.state is State.STOPPED or not self._retry_reading():
                     break
         for key in list(self._partial):
-            self._say(key, "\n")
+            self._say(key, b"\n")
 
     def _retry_reading(self) -> bool:
         try:
@@ -314,9 +317,9 @@ class _Owned:
     def _on_event(self, event: tuple[Any, ...]) -> None:
         match event:
             case ("output", int(process), str(stream), bytes(data)):
-                self._say((process, stream), data.decode("utf-8", "replace"))
+                self._say((process, stream), data)
             case ("log", str(text)):
-                self._say((-1, "log"), f"bigmachine: {text}\n")
+                self._say((-1, "log"), f"bigmachine: {text}\n".encode())
             case ("death", _, _) if self.machine.state < State.RUNNING:
                 pass  # The boot is told as well, and knows at which step it was.
             case ("death", str(summary), str(last_output)):
@@ -324,15 +327,18 @@ class _Owned:
                 error = MachineStopped(self.machine.addr, text, sent=True)
                 threading.Thread(target=self.lost, args=(error,), name="bigmachine-lost", daemon=True).start()
 
-    def _say(self, source: tuple[int, str], text: str) -> None:
+    def _say(self, source: tuple[int, str], data: bytes) -> None:
         """Whole lines, each with the machine's address in front."""
-        text = self._partial.pop(source, "") + text
-        lines = text.split("\n")
-        if lines[-1]:
-            self._partial[source] = lines[-1]
-        if lines[:-1]:
-            self._tail.extend(lines[:-1])
-            self._write("".join(f"{self.machine.addr}: {line}\n" for line in lines[:-1]))
+        data = self._partial.pop(source, b"") + data
+        if len(data) > MAX_LINE and b"\n" not in data:
+            data += b"\n"
+        *whole, rest = data.split(b"\n")
+        if rest:
+            self._partial[source] = rest
+        if whole:
+            lines = [line.decode("utf-8", "replace") for line in whole]
+            self._tail.extend(lines)
+            self._write("".join(f"{self.machine.addr}: {line}\n" for line in lines))
 
     def _last_output(self) -> str:
         return "\n".join(self._tail) or self._fleet.launcher.console(self.machine.id)

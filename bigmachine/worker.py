@@ -19,6 +19,7 @@ import mmap
 import os
 import signal
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Mapping
@@ -60,15 +61,26 @@ class Worker:
     """The state of a service process once it has an identity."""
 
     def __init__(
-        self, machine: str, address: str, credentials: Credentials, main_names: frozenset[str], maxprocs: int
+        self,
+        machine: str,
+        address: str,
+        credentials: Credentials,
+        main_names: frozenset[str],
+        maxprocs: int,
+        context: ssl.SSLContext | None = None,
     ) -> None:
         self.described: tuple[int, frozenset[str]] | None = None
         self._maxprocs = maxprocs
         self.codec = Codec(main_names, Stream)
         self.handler = Services({"Process": ProcessService(self)})
-        self.session = Session(Network(client_context(credentials), self.codec, reactor()), address=address)
+        self.session = Session(Network(lambda: client_context(credentials), self.codec, reactor()), address=address)
         self.server = Server(
-            self.handler, server_context(credentials), self.codec, reactor(), identify=peer_identity, log=_log
+            self.handler,
+            context or server_context(credentials),
+            self.codec,
+            reactor(),
+            identify=peer_identity,
+            log=_log,
         )
         self.machine = machine
 

@@ -103,14 +103,14 @@ collected, or the call was cancelled). The end of either direction of the channe
 
 Cancellation, deadlines, the end
 --------------------------------
-The caller cancels with ``RST_STREAM`` (any code), on the channel with ``CANCEL``; the end of a connection cancels all its calls.
-An ``async def`` method is then cancelled, a generator is closed at its next item, a plain method sees
+The caller cancels with ``RST_STREAM`` (any code), on the channel with ``CANCEL``; the end of a connection cancels all its
+calls. An ``async def`` method is then cancelled, a generator is closed at its next item, a plain method sees
 ``call_context().cancelled``, and reading a `Stream` argument raises OSError. No answer is sent.
 
 A deadline runs at both ends, each by its own clock. The caller stops waiting, and cancels. On the far side an ``async def``
-method is cancelled (its answer is a ``TimeoutError``), a plain one sees ``call_context().cancelled`` and is answered for whenever
-it returns. A generator is closed at its next item; its response then ends without a trailer, as if it were whole: the caller has
-to look at his clock.
+method is cancelled (its answer is a ``TimeoutError``), and a plain one sees ``call_context().cancelled``; its answer is sent
+whenever it returns. A generator is closed at its next item; its response then ends without a trailer, as if it were whole: the
+caller has to look at his clock.
 
 ``GOAWAY`` with code 0 announces the end: new calls need a new connection, streams above its last one did not run, others may
 still be answered. With another code, or at the end of TCP, whatever was under way may or may not have run.
@@ -145,6 +145,6 @@ a debugger, with the machine's id and port as in its address:
 The three files are what `credentials.Credentials` holds, as `authority.Authority.issue` makes them. A session keeps its
 authority to itself; there is no public way yet to have it issue a certificate to somebody else.
 
-A body with a ``content-length`` (``curl`` sends one) should come without a `bigm-layout`. Unpickling is execution, at both ends:
-the parties of a session trust each other.
+A body with a ``content-length`` (``curl`` sends one) should come without a `bigm-layout`. Unpickling is execution, at both
+ends: the parties of a session trust each other.
 """

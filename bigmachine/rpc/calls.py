@@ -19,13 +19,16 @@ Outcome = Callable[[], Any]
 class Pending(Waiter):
     """A call that has been sent. Completed once, by `finish`; `call` is the future that somebody holds of it, if any."""
 
-    __slots__ = ("call", "method", "number", "outcome", "received", "sent", "started", "timer")
+    __slots__ = ("body", "call", "method", "number", "outcome", "received", "sent", "started", "timer")
 
     def __init__(self, method: str, sent: int) -> None:
-        super().__init__()
+        self.done = False  # The fields of a Waiter are set here, too: a call of its constructor costs as much as all of them.
+        self.leading = False
+        self.sleeper = None
         self.method = method
         self.number = 0
         self.outcome: Outcome | None = None
+        self.body: bytes | None = None  # A small result that has not been decoded, in place of an outcome.
         self.call: Call[Any] | None = None
         self.timer: Timer | None = None
         self.started = time.perf_counter()
@@ -83,7 +86,7 @@ class Call(concurrent.futures.Future[T], Generic[T]):
     def _read(self, timeout: float | None) -> float | None:
         """Lead the connection until the reply is there; returns what is left of `timeout`."""
         way, pending = self._way, self._pending
-        if way is None or pending is None or pending.done:
+        if way is None or pending is None or pending.done or self.done():  # In a callback `pending` is not done yet.
             return timeout
         if timeout is None:
             way.transport.wait(pending)

@@ -34,7 +34,8 @@ _CALL = struct.Struct(">dBB")
 _STATUS = struct.Struct(">H")
 
 Bytes = bytes | bytearray | memoryview
-Message = tuple[int, int, memoryview]
+Message = tuple[int, int, bytes]
+"""(kind, call number, body)."""
 
 
 def pack(kind: int, number: int, *parts: Bytes) -> bytes:
@@ -53,11 +54,11 @@ def call_parts(method: bytes, timeout: float, pickle: bytes, buffers: Sequence[m
     return head, struct.pack(f">{len(buffers)}I", *map(len, buffers)), method, *buffers, pickle
 
 
-def parse_call(body: memoryview) -> tuple[bytes, float, memoryview, list[bytearray]]:
+def parse_call(body: bytes) -> tuple[bytes, float, bytes, list[bytearray]]:
     """(method, timeout, pickle, buffers). The buffers are copies: writable, and free of the rest of the message."""
     timeout, name_size, count = _CALL.unpack_from(body)
     offset = _CALL.size + 4 * count
-    method = bytes(body[offset : offset + name_size])
+    method = body[offset : offset + name_size]
     offset += name_size
     if not count:
         return method, timeout, body[offset:], []
@@ -72,7 +73,7 @@ def result_parts(pickle: bytes, buffers: Sequence[memoryview]) -> tuple[Bytes, .
     return struct.pack(f">B{len(buffers)}I", len(buffers), *map(len, buffers)), *buffers, pickle
 
 
-def parse_result(body: memoryview) -> tuple[memoryview, list[bytearray]]:
+def parse_result(body: bytes) -> tuple[bytes, list[bytearray]]:
     """(pickle, buffers), the buffers as in `parse_call`."""
     count = body[0]
     if not count:
@@ -80,10 +81,11 @@ def parse_result(body: memoryview) -> tuple[memoryview, list[bytearray]]:
     return _split(body, 1, count, 1 + 4 * count)
 
 
-def _split(body: memoryview, sizes_at: int, count: int, offset: int) -> tuple[memoryview, list[bytearray]]:
+def _split(body: bytes, sizes_at: int, count: int, offset: int) -> tuple[bytes, list[bytearray]]:
     buffers = []
+    view = memoryview(body)
     for size in struct.unpack_from(f">{count}I", body, sizes_at):
-        buffers.append(bytearray(body[offset : offset + size]))
+        buffers.append(bytearray(view[offset : offset + size]))
         offset += size
     return body[offset:], buffers
 
@@ -93,9 +95,9 @@ def refused_parts(status: int, reason: str) -> tuple[Bytes, ...]:
     return _STATUS.pack(status), reason.encode("utf-8", "replace")[:8192]
 
 
-def parse_refused(body: memoryview) -> tuple[int, str]:
+def parse_refused(body: bytes) -> tuple[int, str]:
     """(status, reason)."""
-    return _STATUS.unpack_from(body)[0], bytes(body[2:]).decode("utf-8", "replace")
+    return _STATUS.unpack_from(body)[0], body[2:].decode("utf-8", "replace")
 
 
 class MessageError(Exception):
@@ -107,6 +109,11 @@ class Messages:
 
     def __init__(self) -> None:
         self._rest = b""
+
+    @property
+    def empty(self) -> bool:
+        """No message has begun and not ended."""
+        return not self._rest
 
     def feed(self, data: bytes | bytearray) -> list[Message]:
         """The messages that `data` completes. Raises `MessageError` on a message longer than `MAX_MESSAGE`."""
@@ -122,7 +129,7 @@ class Messages:
             stop = start + 9 + size
             if stop > end:
                 break
-            messages.append((kind, number, view[start + 9 : stop]))
+            messages.append((kind, number, bytes(view[start + 9 : stop])))
             start = stop
         self._rest = bytes(view[start:]) if start < end else b""
         return messages

@@ -36,10 +36,8 @@ from .channel import (
     REFUSED,
     RESULT,
     SMALL,
-    MessageError,
-    Messages,
+    Message,
     call_parts,
-    pack,
     parse_refused,
     parse_result,
 )
@@ -56,6 +54,12 @@ CONNECT_TIMEOUT = 20.0
 
 ACKNOWLEDGE = 256 * 1024
 """Bytes of channel messages after which the peer's window is given back: rarely, as it costs a frame."""
+
+MAX_NAME = 255
+"""Bytes of ``Service.method``: what the call channel has room for."""
+
+MAX_NAMES = 1000
+"""Methods whose encoded name is kept."""
 
 OVERLAP = 4
 """Calls under way on a connection from which on another `submit` may wait for more of them, for a tick at most: it is not
@@ -106,11 +110,10 @@ class ClientConnection:
         self._stats = stats
         self._connection = Connection(client=True)
         self._numbers = itertools.count(1)
+        self._names: dict[str, bytes] = {}
         self._pendings: dict[int, Pending] = {}
         self._exchanges: dict[int, Exchange] = {}
         self._slots = threading.Semaphore(MAX_STREAMS - 1)  # The channel has one.
-        self._messages = Messages()
-        self._unacknowledged = 0
         self.transport = Transport(sock, self._connection, reactor, self, leads=True)
         self.transport.start()
 
@@ -134,11 +137,10 @@ class ClientConnection:
             exchange = Exchange(pending)
             self._open(exchange, method, encoded, timeout)
             return pending
-        parts = call_parts(method.encode(), timeout, encoded.pickle, encoded.buffers)
-        size = sum(map(len, parts))
         transport, connection = self.transport, self._connection
         if connection.out_bytes > SMALL:
             transport.wait_for_room()
+        name = self._names.get(method) or self._name(method)
         pending.number = number = next(self._numbers)
         with transport.lock:
             if transport.closed is not None or connection.goaway is not None:
@@ -146,7 +148,7 @@ class ClientConnection:
             if connection.channel < 0:
                 connection.use_channel(connection.open(self._headers("", "application/x-bigmachine-calls")))
             self._pendings[number] = pending
-            data = connection.message(CALL, number, size, parts)
+            data = None if encoded.buffers else connection.call_message(number, timeout, name, encoded.pickle)
             if data is None:
                 pass
             elif call is not None and len(self._pendings) > OVERLAP:
@@ -154,15 +156,19 @@ class ClientConnection:
             else:
                 transport.send_now(data)
         if data is None:
-            self._send_on_channel(pack(CALL, number, *parts))
+            try:
+                transport.send_message(CALL, number, call_parts(name, timeout, encoded.pickle, encoded.buffers))
+            except Closed:
+                pass  # `on_closed` has completed, or will complete, the call.
         return pending
 
-    def _send_on_channel(self, data: bytes) -> None:
-        """The slow way, when the channel's window is used up: calls wait here until the machine has taken others."""
-        try:
-            self.transport.send_body(self._connection.channel, [data])
-        except Closed:
-            pass  # `on_closed` has completed, or will complete, the call.
+    def _name(self, method: str) -> bytes:
+        name = method.encode()
+        if len(name) > MAX_NAME:
+            raise UnknownMethod(method[:MAX_NAME], f"a method's name has at most {MAX_NAME} bytes")
+        if len(self._names) < MAX_NAMES:
+            self._names[method] = name
+        return name
 
     def _not_sent(self) -> Unreachable:
         closed = self.transport.closed
@@ -299,30 +305,31 @@ class ClientConnection:
         elif type(event) is Filled:
             pass  # The end follows.
 
-    def on_channel(self, data: bytes) -> None:
+    def on_messages(self, messages: list[Message]) -> None:
         """Replies; by the holder of the role."""
-        try:
-            messages = self._messages.feed(data)
-        except MessageError as error:
-            self.transport.fail(Closed(str(error)))
-            return
         for kind, number, body in messages:
             pending = self._pendings.pop(number, None)
             if pending is None:
                 continue  # Cancelled.
             if kind == RESULT:
                 pending.received = len(body)
-                self._finish(pending, self._result_outcome(body))
+                pending.body = body
+                if pending.call is None:  # The caller decodes it on his own thread.
+                    seconds = time.perf_counter() - pending.started
+                    self._stats.record(pending.method, seconds, pending.sent, pending.received, False)
+                    pending.wake()
+                else:
+                    self._finish(pending, self._result_outcome(body))
             elif kind == RAISED:
-                self._finish(pending, self._failure_outcome(pending, bytes(body)), failed=True)
+                self._finish(pending, self._failure_outcome(pending, body), failed=True)
             elif kind == REFUSED:
                 self._finish(pending, _raiser(refusal(parse_refused(body)[0], pending.method, parse_refused(body)[1])))
             elif kind == LARGE:
                 self._collect(pending)
-        self._unacknowledged += len(data)
-        if self._unacknowledged >= ACKNOWLEDGE:
-            self._consumed(self._connection.channel, self._unacknowledged)
-            self._unacknowledged = 0
+        connection = self._connection
+        if connection.messages_size >= ACKNOWLEDGE:
+            size, connection.messages_size = connection.messages_size, 0
+            self._consumed(connection.channel, size)
 
     def _collect(self, pending: Pending) -> None:
         """The reply is large: ask for it on a stream of its own. On a worker, as a stream may have to be waited for."""
@@ -461,7 +468,7 @@ class ClientConnection:
         call.complete(outcome)
         pending.wake()
 
-    def _result_outcome(self, body: memoryview) -> Outcome:
+    def _result_outcome(self, body: bytes) -> Outcome:
         def outcome() -> Any:
             pickle, buffers = parse_result(body)
             return self._codec.decode(pickle, buffers)
@@ -652,9 +659,17 @@ class Client:
         """Call `method` and return its result. Raises what it raised, or a `BigmachineError`."""
         encoded = self.codec.encode_call(method, args, kwargs)
         deadline = None if timeout is None else time.monotonic() + timeout
-        connection = self.connection(timeout)
+        connection = self._connection
+        if connection is None or not connection.usable:
+            connection = self.connection(timeout)
         pending = connection.start(method, encoded, timeout or 0.0, None)
-        connection.transport.wait(pending, deadline)
+        if deadline is None:
+            connection.transport.round_trip(pending)
+        else:
+            connection.transport.wait(pending, deadline)
+        body = pending.body
+        if body is not None:
+            return self.codec.decode(*parse_result(body))
         outcome = pending.outcome
         if outcome is not None:
             return outcome()

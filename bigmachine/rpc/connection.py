@@ -2,10 +2,10 @@
 
 Theory of operation
 -------------------
-Rule 1. `h2` is the protocol machine: the preface, SETTINGS, header blocks, the states of streams, RST_STREAM, PING, GOAWAY
-and the windows for *sending* are its own. Every frame but one goes through it.
+Rule 1. `h2` is the protocol machine: the preface, SETTINGS, header blocks, the states of streams, RST_STREAM, PING and the
+windows for *sending* are its own. A GOAWAY that arrives is not: after it `h2` would refuse every frame, but what runs may end.
 
-Rule 2. The exception is the payload of DATA frames, which never passes through `h2`: a frame on an open stream costs about
+Rule 2. The other exception is the payload of DATA frames, which never passes through `h2`: a frame on an open stream costs about
 20 µs at each end there, and every byte of it is copied three times. Here the nine bytes of a frame's header are read and
 written directly, and a payload is received straight into the buffer that the application will get (`sink`). `h2` still
 learns of END_STREAM (as an empty DATA frame), and its windows are debited for what is sent, so that its state is true. Only a
@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import h2.config
@@ -34,6 +34,8 @@ import h2.errors
 import h2.events
 import h2.exceptions
 import h2.settings
+
+from .channel import CALL, Message, MessageError, Messages
 
 Headers = Sequence[tuple[str, str]]
 
@@ -63,6 +65,8 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _HEADER = struct.Struct(">BHBBI")
 _HEADERS = struct.Struct(">BHBBIIBI")  # A DATA frame's header and that of the only message in it.
 _DATA = 0x0
+_GOAWAY = 0x7
+_CALL_HEADERS = struct.Struct(">BHBBIIBIdBB")  # These, and the fixed part of a CALL.
 _END_STREAM = 0x1
 _PADDED = 0x8
 _WINDOW_UPDATE = struct.Struct(">BHBBII")
@@ -134,12 +138,13 @@ class Sink(Protocol):
 class _Receiving:
     """The receiving half of one stream."""
 
-    __slots__ = ("sink", "through_h2", "unacknowledged", "window")
+    __slots__ = ("sink", "through_h2", "unacknowledged", "ungranted", "window")
 
     def __init__(self) -> None:
         self.sink: Sink | None = None
         self.window = STREAM_WINDOW
         self.unacknowledged = 0
+        self.ungranted = 0  # What the sink needs beyond the largest window that there is.
         self.through_h2 = False
 
 
@@ -152,7 +157,9 @@ class Connection:
         self.out: deque[bytes | memoryview] = deque()
         self.out_bytes = 0
         self.channel = -1  # The stream that carries messages, once there is one.
-        self.channel_data: list[bytes] = []
+        self.messages: list[Message] = []  # What has arrived on it: whoever takes them says `consumed(messages_size)`.
+        self.messages_size = 0
+        self._cut = Messages()
         self._channel_stream: Any = None
         self.windows_opened = 0  # Counts whatever may let a blocked sender go on.
         self.goaway: GoneAway | None = None
@@ -185,7 +192,7 @@ class Connection:
         self._ends = False
         self._whole: bytearray | None = None  # A frame that is collected for h2, and how much of it is here.
         self._whole_have = 0
-        self._direct = False
+        self.direct = False  # The last `get_buffer` gave the application's own memory: fill it before `received`.
         self._h2.initiate_connection()
         self._h2.increment_flow_control_window(CONNECTION_WINDOW - 65535)
         self._collect()
@@ -220,15 +227,16 @@ class Connection:
         except h2.exceptions.ProtocolError:
             return False
         self._collect()
-        self._forget_if_closed(stream)
         return True
 
     def window(self, stream: int) -> int:
         """Bytes that may be sent on `stream` now; -1 where it is gone."""
-        try:
-            return self._h2.local_flow_control_window(stream)
-        except h2.exceptions.ProtocolError:
+        machine = self._h2
+        state = machine.streams.get(stream)
+        if state is None or state.closed:
             return -1
+        # Negative where the peer has lowered the initial window of streams that had used more: RFC 9113, 6.9.2.
+        return max(0, min(machine.outbound_flow_control_window, state.outbound_flow_control_window))
 
     def send_data(self, stream: int, size: int, *parts: bytes | memoryview) -> None:
         """One DATA frame of `size` bytes, which the caller has checked against `window` and `FRAME_SIZE`."""
@@ -244,9 +252,17 @@ class Connection:
         self.out_bytes += size + 9
 
     def use_channel(self, stream: int) -> None:
-        """`stream` carries messages: what arrives on it collects in `channel_data`, not in `events`."""
+        """`stream` carries messages: what arrives on it collects in `messages`, not in `events`."""
         self.channel = stream
         self._channel_stream = self._h2.streams[stream]
+
+    def take_messages(self, data: bytes) -> None:
+        """`data` arrived on the channel. Raises `ConnectionFailed`."""
+        try:
+            self.messages += self._cut.feed(data)
+        except MessageError as error:
+            raise ConnectionFailed(str(error)) from error
+        self.messages_size += len(data)
 
     def message(self, kind: int, number: int, size: int, parts: tuple[bytes | bytearray | memoryview, ...]) -> bytes | None:
         """The bytes of a DATA frame that holds one message (see `channel`) with a body of `size` bytes, to be sent next.
@@ -260,6 +276,20 @@ class Connection:
         head = _HEADERS.pack(total >> 16, total & 0xFFFF, _DATA, 0, self.channel, size, kind, number)
         return b"".join((head, *parts))
 
+    def call_message(self, number: int, timeout: float, method: bytes, pickle: bytes) -> bytes | None:
+        """`message` for a `CALL` without buffers, in one go: it is on the path of every small call."""
+        size = 10 + len(method) + len(pickle)
+        total = size + 9
+        machine, stream = self._h2, self._channel_stream
+        if machine.outbound_flow_control_window < total or stream.outbound_flow_control_window < total:
+            return None
+        machine.outbound_flow_control_window -= total
+        stream.outbound_flow_control_window -= total
+        head = _CALL_HEADERS.pack(
+            total >> 16, total & 0xFFFF, _DATA, 0, self.channel, size, CALL, number, timeout, len(method), 0
+        )
+        return head + method + pickle
+
     @property
     def frame_size(self) -> int:
         """Payload bytes of a DATA frame that the peer accepts, at most `FRAME_SIZE`."""
@@ -272,7 +302,6 @@ class Connection:
         except h2.exceptions.ProtocolError:
             return
         self._collect()
-        self._forget_if_closed(stream)
 
     def reset(self, stream: int, code: int = h2.errors.ErrorCodes.CANCEL) -> None:
         """Give `stream` up. Harmless where it is gone."""
@@ -306,8 +335,13 @@ class Connection:
         if receiving is None or receiving.through_h2:
             return
         receiving.sink = sink
-        grant = min(sink.left + ahead, CONNECTION_WINDOW - receiving.window)
+        receiving.ungranted = sink.left + ahead
+        self._grant(stream, receiving)
+
+    def _grant(self, stream: int, receiving: _Receiving) -> None:
+        grant = min(receiving.ungranted, CONNECTION_WINDOW - receiving.window)
         if grant > 0:
+            receiving.ungranted -= grant
             receiving.window += grant
             self._window_update(stream, grant)
 
@@ -318,7 +352,7 @@ class Connection:
             return
         if receiving.through_h2:
             try:
-                self._h2.acknowledge_received_data(size, stream)
+                self._h2.increment_flow_control_window(size, stream)
             except h2.exceptions.ProtocolError:
                 return
             self._collect()
@@ -333,27 +367,37 @@ class Connection:
         self.out.append(_WINDOW_UPDATE.pack(0, 4, 0x8, 0, stream, size))
         self.out_bytes += 13
 
-    def _debit(self, receiving: _Receiving | None, size: int) -> None:
+    def _debit(self, stream: int, receiving: _Receiving, size: int) -> None:
         self._received_since_update += size
         if self._received_since_update >= CONNECTION_WINDOW // 2:
             self._window_update(0, self._received_since_update)
             self._received_since_update = 0
-        if receiving is not None:
-            receiving.window -= size
-            if receiving.window < 0:
-                raise ConnectionFailed("the peer sent more than the flow-control window of a stream allows")
+        receiving.window -= size
+        if receiving.window < 0:
+            code = h2.errors.ErrorCodes.FLOW_CONTROL_ERROR
+            raise self._broken("the peer sent more than the flow-control window of a stream allows", code)
+        if receiving.ungranted and receiving.window < CONNECTION_WINDOW // 2:
+            self._grant(stream, receiving)
+
+    def _broken(self, text: str, code: int = h2.errors.ErrorCodes.PROTOCOL_ERROR) -> ConnectionFailed:
+        """The peer broke the protocol: tell it, and whoever catches what is to be raised."""
+        self.close(code, text)
+        return ConnectionFailed(text)
 
     # -- Receiving ---------------------------------------------------------------------------------------------------
 
     def get_buffer(self) -> memoryview:
         """Where the next bytes from the network go; `direct` afterwards says whether that is a sink."""
-        self._direct = False
+        self.direct = False
+        if not self._left and self._start == self._end and self._whole is None:
+            self._start = self._end = 0
+            return self._view
         if self._whole is not None:
             return memoryview(self._whole)[self._whole_have :]
         if self._left and self._start == self._end:
             receiving = self._receiving.get(self._stream)
             if receiving is not None and receiving.sink is not None and receiving.sink.left:
-                self._direct = True
+                self.direct = True
                 view = receiving.sink.view()
                 return view[: self._left] if len(view) > self._left else view
         if self._start == self._end:
@@ -364,34 +408,30 @@ class Connection:
             self._start, self._end = 0, rest
         return self._view[self._end :]
 
-    @property
-    def direct(self) -> bool:
-        """The buffer of the last `get_buffer` was the application's own: it pays to fill it before `received`."""
-        return self._direct
-
     def received(self, n: int) -> None:
         """`n` bytes were read into the buffer. Raises `ConnectionFailed` where the peer breaks the protocol."""
         if self._whole is not None:
             self._whole_have += n
             if self._whole_have == len(self._whole):
                 frame, self._whole = self._whole, None
-                self._feed(bytes(frame))
+                self._take_frame(bytes(frame))
             return
-        if self._direct:
-            self._direct = False
+        if self.direct:
+            self.direct = False
             receiving = self._receiving[self._stream]
             assert receiving.sink is not None
             receiving.sink.advance(n)
             self._left -= n
             self._after_data(receiving, n)
             return
-        if not self._end and not self._left and n > 9:
-            # By far the most frequent: exactly one frame, of the channel, as its sender wrote it.
-            high, low, kind, flags, stream = _HEADER.unpack_from(self._buffer)
-            length = high << 16 | low
-            if stream == self.channel and not kind and not flags and length == n - 9:
-                self._debit(self._receiving.get(stream), length)
-                self.channel_data.append(bytes(self._view[9:n]))
+        if n >= 18 and not self._end and not self._left and self._cut.empty:
+            # By far the most frequent: one frame, with one message in it, as `message` makes them.
+            high, low, kind, flags, stream, size, what, number = _HEADERS.unpack_from(self._buffer)
+            receiving = self._receiving.get(stream) if stream == self.channel else None
+            if receiving is not None and n == size + 18 == (high << 16 | low) + 9 and not kind and not flags:
+                self._debit(stream, receiving, n - 9)
+                self.messages.append((what, number, self._view[18:n].tobytes()))
+                self.messages_size += n - 9
                 return
         self._end += n
         if self._need_preface and not self._read_preface():
@@ -405,7 +445,7 @@ class Connection:
     def _read_preface(self) -> bool:
         have = bytes(self._view[self._start : min(self._end, self._start + 24)])
         if not PREFACE.startswith(have):
-            raise ConnectionFailed(f"not HTTP/2: the connection begins with {have!r}")
+            raise self._broken(f"not HTTP/2: the connection begins with {have!r}")
         if len(have) < 24:
             return False
         self._start += 24
@@ -425,8 +465,8 @@ class Connection:
             receiving = self._receiving.get(stream)
             if receiving is not None and not receiving.through_h2:
                 if length > FRAME_SIZE:
-                    raise ConnectionFailed(f"a DATA frame of {length} bytes; the limit is {FRAME_SIZE}")
-                self._debit(receiving, length)
+                    raise self._too_large(kind, length, FRAME_SIZE)
+                self._debit(stream, receiving, length)
                 self._start = start + 9
                 self._left = length
                 self._stream = stream
@@ -436,16 +476,67 @@ class Connection:
                 return True
         limit = FRAME_SIZE if kind == _DATA else MAX_CONTROL_FRAME
         if length > limit:
-            raise ConnectionFailed(f"a frame of type {kind} with {length} bytes; the limit is {limit}")
+            raise self._too_large(kind, length, limit)
         if available >= 9 + length:
             self._start = start + 9 + length
-            self._feed(bytes(self._view[start : start + 9 + length]))
+            self._take_frame(bytes(self._view[start : start + 9 + length]))
             return True
         self._whole = bytearray(9 + length)
         self._whole[:available] = self._view[start : self._end]
         self._whole_have = available
         self._start = self._end
         return False
+
+    def _too_large(self, kind: int, length: int, limit: int) -> ConnectionFailed:
+        code = h2.errors.ErrorCodes.FRAME_SIZE_ERROR
+        return self._broken(f"a frame of type {kind} with {length} bytes; the limit is {limit}", code)
+
+    def _take_frame(self, frame: bytes) -> None:
+        """A whole frame: h2's, but for two that it would not do the right thing with."""
+        _, _, kind, _, stream = _HEADER.unpack_from(frame)
+        if kind == _GOAWAY:
+            self._take_goaway(stream, frame[9:])
+            return
+        if kind == _DATA:
+            receiving = self._receiving.get(stream)
+            if receiving is not None and not receiving.through_h2:
+                self._take_padded(stream, receiving, frame)
+                return
+        self._feed(frame)
+
+    def _take_goaway(self, stream: int, payload: bytes) -> None:
+        """h2 would refuse every later frame, also of the streams that the peer goes on to serve."""
+        if stream or len(payload) < 8:
+            raise self._broken("a malformed GOAWAY")
+        last, code = struct.unpack_from(">II", payload)
+        self.goaway = GoneAway(last & 0x7FFFFFFF, code, payload[8:].decode("utf-8", "replace"))
+        self.windows_opened += 1
+        self.events.append(self.goaway)
+
+    def _take_padded(self, stream: int, receiving: _Receiving, frame: bytes) -> None:
+        """Padding counts against the window, and nobody consumes it: it is given back here."""
+        length = len(frame) - 9
+        if not length or frame[9] >= length:
+            raise self._broken("a DATA frame with more padding than payload")
+        self._debit(stream, receiving, length)
+        self._stream = stream
+        self._ends = bool(frame[4] & _END_STREAM)
+        data = memoryview(frame)[10 : len(frame) - frame[9]]
+        self.consumed(stream, length - len(data))
+        while data and receiving.sink is not None and receiving.sink.left:
+            view = receiving.sink.view()
+            n = min(len(view), len(data))
+            view[:n] = data[:n]
+            receiving.sink.advance(n)
+            data = data[n:]
+        if receiving.sink is not None and not receiving.sink.left:
+            receiving.sink = None
+            self.events.append(Filled(stream))
+        if data and stream == self.channel:
+            self.take_messages(bytes(data))
+        elif data:
+            self.events.append(Data(stream, bytes(data), len(data)))
+        self._end_data()
 
     def _read_payload(self) -> None:
         """Deliver what the buffer holds of the current DATA frame."""
@@ -457,7 +548,7 @@ class Connection:
             view[:n] = self._view[self._start : self._start + n]
             receiving.sink.advance(n)
         elif self._stream == self.channel:
-            self.channel_data.append(bytes(self._view[self._start : self._start + n]))
+            self.take_messages(bytes(self._view[self._start : self._start + n]))
         elif receiving is not None:
             self.events.append(Data(self._stream, bytes(self._view[self._start : self._start + n]), n))
         self._start += n
@@ -480,7 +571,7 @@ class Connection:
         """Give `data`, whole frames, to h2, and translate what it makes of them."""
         try:
             happened = self._h2.receive_data(data)
-        except h2.exceptions.ProtocolError as error:
+        except (h2.exceptions.ProtocolError, UnicodeDecodeError) as error:
             self._collect()  # h2 has prepared a GOAWAY that says why.
             raise ConnectionFailed(f"{type(error).__name__}: {error}") from error
         for event in happened:
@@ -488,11 +579,6 @@ class Connection:
             if translate is not None:
                 translate(self, event)
         self._collect()
-
-    def _forget_if_closed(self, stream: int) -> None:
-        state = self._h2.streams.get(stream)
-        if state is not None and state.closed:
-            self._receiving.pop(stream, None)
 
     # -- What h2 says ------------------------------------------------------------------------------------------------
 
@@ -510,20 +596,21 @@ class Connection:
         self.events.append(Headed(event.stream_id, headers, event.stream_ended is not None))
 
     def _on_data(self, event: h2.events.DataReceived) -> None:
-        self.events.append(Data(event.stream_id, event.data or b"", event.flow_controlled_length or 0))
-        if event.stream_id not in self._receiving:
-            self._h2.acknowledge_received_data(event.flow_controlled_length or 0, event.stream_id)
+        size = event.flow_controlled_length or 0
+        if size:  # Else it is an END_STREAM alone (rule 2).
+            self._h2.increment_flow_control_window(size)
+            self.events.append(Data(event.stream_id, event.data or b"", size))
 
     def _on_trailers(self, event: h2.events.TrailersReceived) -> None:
         trailers = {str(name): str(value) for name, value in event.headers or ()}
         self.events.append(Ended(event.stream_id, trailers))
-        self._forget_if_closed(event.stream_id)
+        self._receiving.pop(event.stream_id, None)
 
     def _on_end(self, event: h2.events.StreamEnded) -> None:
         # Trailers, and headers that end the stream, were reported with them.
         if not (self.events and self.events[-1][0] == event.stream_id and _says_end(self.events[-1])):
             self.events.append(Ended(event.stream_id, {}))
-        self._forget_if_closed(event.stream_id)
+        self._receiving.pop(event.stream_id, None)  # What follows is not DATA, or h2 says what is wrong with it.
 
     def _on_reset(self, event: h2.events.StreamReset) -> None:
         self._receiving.pop(event.stream_id, None)
@@ -533,17 +620,12 @@ class Connection:
     def _on_window(self, event: h2.events.Event) -> None:
         self.windows_opened += 1
 
-    def _on_goaway(self, event: h2.events.ConnectionTerminated) -> None:
-        reason = (event.additional_data or b"").decode("utf-8", "replace")
-        self.goaway = GoneAway(event.last_stream_id or 0, int(event.error_code or 0), reason)
-        self.events.append(self.goaway)
-
 
 def _says_end(event: Event) -> bool:
     return isinstance(event, Ended) or (isinstance(event, Headed) and event.ended)
 
 
-_TRANSLATE = {
+_TRANSLATE: dict[type[h2.events.Event], Callable[[Connection, Any], None]] = {
     h2.events.RequestReceived: Connection._on_request,
     h2.events.ResponseReceived: Connection._on_response,
     h2.events.DataReceived: Connection._on_data,
@@ -552,5 +634,4 @@ _TRANSLATE = {
     h2.events.StreamReset: Connection._on_reset,
     h2.events.WindowUpdated: Connection._on_window,
     h2.events.RemoteSettingsChanged: Connection._on_window,
-    h2.events.ConnectionTerminated: Connection._on_goaway,
 }

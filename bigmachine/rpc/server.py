@@ -18,13 +18,14 @@ import time
 from base64 import b64encode
 from collections import deque
 from collections.abc import Callable, Iterator
+from pickle import dumps
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BadArguments, CallRefused
 from . import channel
 from .client import copy_into
 from .codec import Codec, Encoded
-from .connection import Connection, Data, Ended, Event, Filled, GoneAway, Headed, Reset
+from .connection import Connection, ConnectionFailed, Data, Ended, Event, Filled, GoneAway, Headed, Reset
 from .failures import encode_failure, reduce_failure
 from .methods import CallContext, Handler, Kind, Method, current_call
 from .reactor import READ, WRITE, Reactor, begin_linger, enter, leave
@@ -51,6 +52,11 @@ JSON = "application/json"
 PICKLE = "application/x-bigmachine-pickle"
 ITEMS = "application/x-bigmachine-items"
 BYTES = "application/octet-stream"
+
+_ATOMS = frozenset({int, float, bool, type(None)})
+"""Types of small results that need no look at what they may contain."""
+
+_NOTHING: list[Any] = []
 
 _CANCELLED = CallContext("", "", None, True)
 
@@ -81,9 +87,7 @@ class ServerConnection:
         self._server = server
         self._connection = Connection(client=False)
         self._caller_name = str(caller)
-        self._messages = channel.Messages()
         self._inbox: deque[channel.Message] = deque()
-        self._unacknowledged = 0
         self._calls: dict[int, CallContext | None] = {}  # Calls of the channel that have not been answered.
         self._tasks: dict[CallContext | int, Callable[[], None]] = {}
         self._large: dict[int, Encoded] = {}
@@ -117,10 +121,11 @@ class ServerConnection:
             _, number, body = inbox.popleft()
             if not self._run(number, body):
                 return False
-        if self._unacknowledged >= channel.SMALL:
-            size, self._unacknowledged = self._unacknowledged, 0
+        connection = self._connection
+        if connection.messages_size >= channel.SMALL:
             with self.transport.lock:
-                self._connection.consumed(self._connection.channel, size)
+                size, connection.messages_size = connection.messages_size, 0
+                connection.consumed(connection.channel, size)
         return True
 
     def steal(self) -> None:
@@ -136,7 +141,7 @@ class ServerConnection:
         with self.transport.lock:
             self.transport.flush()
 
-    def _run(self, number: int, body: memoryview) -> bool:
+    def _run(self, number: int, body: bytes) -> bool:
         """Run one call of the channel. False where the role was lost meanwhile."""
         if self._calls.get(number) is _CANCELLED:
             del self._calls[number]
@@ -253,7 +258,10 @@ class ServerConnection:
         kind, parts = channel.LARGE, ()
         if error is None:
             try:
-                encoded = codec.encode(result, f"the reply of {context.method}")
+                if type(result) in _ATOMS:
+                    encoded = Encoded(dumps(result, 5), _NOTHING, _NOTHING)
+                else:
+                    encoded = codec.encode(result, f"the reply of {context.method}")
             except BaseException as problem:  # Users' classes take part in encoding.
                 error = problem
             else:
@@ -269,11 +277,11 @@ class ServerConnection:
             if len(failure) > channel.SMALL:
                 failure = reduce_failure(failure, channel.SMALL)
             kind, parts = channel.RAISED, (failure,)
-        self._server.stats.record(context.method, time.perf_counter() - started, sent, received, error is not None)
         if self._calls.pop(number, None) is None:
-            self._large.pop(number, None)
-            return  # Cancelled, or the client is gone.
-        self._reply(kind, number, parts, flush=flush)
+            self._large.pop(number, None)  # Cancelled, or the client is gone.
+        else:
+            self._reply(kind, number, parts, flush=flush)
+        self._server.stats.record(context.method, time.perf_counter() - started, sent, received, error is not None)
 
     def _reply(self, kind: int, number: int, parts: tuple[channel.Bytes, ...], *, flush: bool = False) -> None:
         """Write an answer; it waits for others only where more calls of the same batch are about to be answered."""
@@ -296,12 +304,12 @@ class ServerConnection:
                 elif self._oldest_reply == math.inf:
                     self._oldest_reply = now
         if data is None:
-            self._server.reactor.execute(lambda: self._send_on_channel(channel.pack(kind, number, *parts)))
+            self._server.reactor.execute(lambda: self._reply_slowly(kind, number, parts))
 
-    def _send_on_channel(self, data: bytes) -> None:
-        """The slow way, when the client has not read its replies: without the role."""
+    def _reply_slowly(self, kind: int, number: int, parts: tuple[channel.Bytes, ...]) -> None:
+        """When the client has not read its replies: on a worker without the role, which waits until it does."""
         try:
-            self.transport.send_body(self._connection.channel, [data])
+            self.transport.send_message(kind, number, parts)
         except Closed:
             pass
 
@@ -332,18 +340,21 @@ class ServerConnection:
             elif event.stream != self._connection.channel:  # type: ignore[union-attr]
                 pass  # Of a call that was refused or given up.
             elif type(event) is Data:
-                self.on_channel(bytes(event.data))  # Came together with the headers that opened the channel.
+                self._on_first_messages(event)
             elif type(event) is not Filled:
                 self.transport.fail(Closed("the client closed the call channel"))
 
-    def on_channel(self, data: bytes) -> None:
-        """Calls and cancellations; by the holder of the role, who runs them afterwards."""
-        self._unacknowledged += len(data)
+    def _on_first_messages(self, event: Data) -> None:
+        """They came together with the headers that opened the channel."""
         try:
-            messages = self._messages.feed(data)
-        except channel.MessageError as error:
+            self._connection.take_messages(bytes(event.data))
+        except ConnectionFailed as error:
             self.transport.fail(Closed(str(error)))
-            return
+        messages, self._connection.messages = self._connection.messages, []
+        self.on_messages(messages)
+
+    def on_messages(self, messages: list[channel.Message]) -> None:
+        """Calls and cancellations; by the holder of the role, who runs them afterwards."""
         for message in messages:
             kind, number, _ = message
             if kind == channel.CALL:

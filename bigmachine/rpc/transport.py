@@ -34,6 +34,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Protocol
 
+from .channel import Bytes, Message
 from .connection import Connection, ConnectionFailed, Event
 from .reactor import READ, WRITE, Reactor, Watch, Worker
 
@@ -95,8 +96,8 @@ class Owner(Protocol):
     def on_event(self, event: Event) -> None:
         """Must not block."""
 
-    def on_channel(self, data: bytes) -> None:
-        """Bytes of the call channel. Must not block."""
+    def on_messages(self, messages: list[Message]) -> None:
+        """Messages of the call channel. Must not block."""
 
     def on_readable(self) -> None:
         """A reactor worker has taken the role. Ends with `release`, unless the role was stolen meanwhile."""
@@ -179,6 +180,26 @@ class Transport:
             self.flush()
         elif not self._lingering:
             self._linger()
+
+    def send_message(self, kind: int, number: int, parts: tuple[Bytes, ...]) -> None:
+        """Send a message of the channel, blocking until its window has room for all of it: pieces of messages must not mix.
+
+        Must not be called by the holder of the role. Raises `Closed`.
+        """
+        size = sum(map(len, parts))
+        while True:
+            waiter = Waiter()
+            with self.lock:
+                if self.closed is not None:
+                    raise self.closed
+                data = self.connection.message(kind, number, size, parts)
+                if data is not None:
+                    self.send_now(data)
+                    return
+                self._writers.append(waiter)
+                self.flush()
+            if not self.wait(waiter, time.monotonic() + SEND_STALL):
+                self.fail(Closed(f"the peer has not opened the window of the call channel for {SEND_STALL:g} s"))
 
     def _linger(self) -> None:
         self._lingering = True
@@ -271,6 +292,27 @@ class Transport:
 
     # -- Waiting and reading -----------------------------------------------------------------------------------------
 
+    def round_trip(self, waiter: Waiter) -> None:
+        """`wait` without a deadline, for the most frequent case: this thread has led before, and nobody reads."""
+        with self.lock:
+            lead = self._lingering and not self._reading and not self._deferred and self.closed is None
+            if lead:
+                self._reading = True
+                self._leads_taken += 1
+        if lead:
+            self._poll.poll()
+            self.read()
+            if not waiter.done:
+                waiter.leading = True  # More is needed: the role is kept, and `wait` goes on with it.
+            else:
+                with self.lock:
+                    if not self._followers and self._lingering:
+                        self._reading = False
+                        return
+                self.release()
+                return
+        self.wait(waiter)
+
     def wait(self, waiter: Waiter, deadline: float | None = None) -> bool:
         """Until `waiter.done` or the connection has ended. False when `deadline` (monotonic) passes before."""
         in_time = True
@@ -331,7 +373,7 @@ class Transport:
             if self.closed is not None:
                 return True
             if self._deferred:
-                self.flush()
+                self.flush()  # Nobody waits for an answer, so that nobody has flushed.
                 return False
             if self._reading or self._leads_seen != self._leads_taken:
                 self._leads_seen = self._leads_taken
@@ -388,16 +430,17 @@ class Transport:
             if self.closed is not None:
                 return
             try:
-                full = True
-                while full:  # A record that does not fit the buffer is finished: no poller tells of what TLS holds.
+                while True:
                     buffer = connection.get_buffer()
                     n = self._read(ALL, buffer)
                     if not n:
                         raise ConnectionFailed("the peer closed the connection")
-                    full = n == len(buffer) and bool(self._pending())
-                    if connection.direct and n < len(buffer):
+                    full = n == len(buffer)
+                    if connection.direct and not full:
                         n = self._fill(buffer, n)
                     connection.received(n)
+                    if not full or not self._pending():
+                        break  # A record that did not fit would be finished: no poller tells of what TLS holds.
             except (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError):
                 pass
             except (OSError, ValueError, ConnectionFailed) as error:
@@ -409,10 +452,9 @@ class Transport:
                     writer.wake()
                 self._writers.clear()
             connection.windows_opened = 0
-        if connection.channel_data:
-            data, connection.channel_data = connection.channel_data, []
-            for chunk in data:
-                self._owner.on_channel(chunk)
+        if connection.messages:
+            messages, connection.messages = connection.messages, []
+            self._owner.on_messages(messages)
         events = connection.events
         while events:
             self._owner.on_event(events.popleft())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -33,7 +34,7 @@ class Supervisor:
     """A machine that serves. `run` returns when it has ended; `host.exit` is the caller's to call."""
 
     def __init__(
-        self, machine: str, credentials: Credentials, host: Host, workers: Workers, reactor: Reactor, lease: float
+        self, machine: str, context: ssl.SSLContext, host: Host, workers: Workers, reactor: Reactor, lease: float
     ) -> None:
         self._machine = machine
         self._host = host
@@ -48,9 +49,7 @@ class Supervisor:
         service = SupervisorService(machine, workers, lambda: self._server.stats, self._renew, self.end)
         handler = Services({"Supervisor": service}, OWNER_ONLY)
         handler.installed()
-        self._server = Server(
-            handler, server_context(credentials), Codec(), reactor, identify=peer_identity, log=workers.log
-        )
+        self._server = Server(handler, context, Codec(), reactor, identify=peer_identity, log=workers.log)
         self._door = Door(host.listener(), machine, self._route, reactor, workers.log)
         self._watch_driver(host.driver_gone())
         self._check()
@@ -122,7 +121,7 @@ class Supervisor:
 
 def serve(machine: str, credentials: Credentials, host: Host, workers: Workers, reactor: Reactor, lease: float) -> None:
     """Be machine `machine` until it ends."""
-    supervisor = Supervisor(machine, credentials, host, workers, reactor, lease)
+    supervisor = Supervisor(machine, server_context(credentials), host, workers, reactor, lease)
     host.exit(supervisor.run())
 
 

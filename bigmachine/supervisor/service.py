@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import socket
@@ -19,6 +20,7 @@ OWNER_ONLY = frozenset(
 """Methods that change the machine, or show what its services say: the session's driver's alone."""
 
 
+@functools.cache
 def bigmachine_version() -> str:
     """The installed version; "0" in a checkout that was not installed."""
     try:

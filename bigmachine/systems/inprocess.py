@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import queue
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 
-from ..credentials import Credentials
+from ..credentials import Credentials, server_context
 from ..errors import UsageError
 from ..machine import Machine
 from ..rpc.reactor import reactor
@@ -26,9 +27,17 @@ from ..worker import Worker
 class _Threads:
     """`supervisor.workers.Workers` without processes: each "process" is a server of its own, with its own services."""
 
-    def __init__(self, machine: str, credentials: Credentials, address: str, maxprocs: int, names: frozenset[str]) -> None:
+    def __init__(
+        self,
+        machine: str,
+        credentials: Credentials,
+        context: ssl.SSLContext,
+        address: str,
+        maxprocs: int,
+        names: frozenset[str],
+    ) -> None:
         self.maxprocs = maxprocs
-        self._workers = [Worker(machine, address, credentials, names, maxprocs) for _ in range(maxprocs)]
+        self._workers = [Worker(machine, address, credentials, names, maxprocs, context) for _ in range(maxprocs)]
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._obituary: str | None = None
 
@@ -92,11 +101,12 @@ class _Machine:
         self._listener = socket.socket()
         self._listener.bind(("127.0.0.1", 0))
         self.launched = Launched(order.id, "localhost", self._listener.getsockname()[1], maxprocs)
-        self.workers = _Threads(order.id, order.credentials, self.launched.address, maxprocs, names)
+        context = server_context(order.credentials)
+        self.workers = _Threads(order.id, order.credentials, context, self.launched.address, maxprocs, names)
         self.ended = threading.Event()
         self.callbacks: list[Callable[[str], None]] = []
         self.reason: str | None = None
-        self.supervisor = Supervisor(order.id, order.credentials, self, self.workers, reactor(), order.lease)
+        self.supervisor = Supervisor(order.id, context, self, self.workers, reactor(), order.lease)
         self.thread = threading.Thread(target=self._run, name=f"bigmachine-{order.id}", daemon=True)
         self.thread.start()
 
