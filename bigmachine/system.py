@@ -68,8 +68,8 @@ class Launcher(Protocol):
         why there is none, as an exception whose text a user can act on."""
 
     def stop(self, id: str, grace: float) -> None:
-        """Make sure that nothing of machine `id` runs, within about `grace` seconds; it was asked to end by itself before.
-        Idempotent, and without effect on a machine that is not this launcher's."""
+        """Make sure that nothing of machine `id` runs, within about `grace` seconds. Where it could be reached, it was asked
+        to end by itself before. Idempotent, and without effect on a machine that is not this launcher's."""
 
     def ended(self, id: str) -> str | None:
         """Why machine `id` is known to be gone; None where it may be running. Cheap: asked when a keepalive fails."""

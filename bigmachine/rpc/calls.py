@@ -19,7 +19,7 @@ Outcome = Callable[[], Any]
 class Pending(Waiter):
     """A call that has been sent. Completed once, by `finish`; `call` is the future that somebody holds of it, if any."""
 
-    __slots__ = ("body", "call", "method", "number", "outcome", "received", "sent", "started", "timer")
+    __slots__ = ("body", "call", "deadline", "method", "number", "outcome", "received", "sent", "started", "timer")
 
     def __init__(self, method: str, sent: int) -> None:
         self.done = False  # The fields of a Waiter are set here, too: a call of its constructor costs as much as all of them.
@@ -31,6 +31,7 @@ class Pending(Waiter):
         self.body: bytes | None = None  # A small result that has not been decoded, in place of an outcome.
         self.call: Call[Any] | None = None
         self.timer: Timer | None = None
+        self.deadline: float | None = None  # After which `timer` completes the call: who reads for it stops by himself.
         self.started = time.perf_counter()
         self.sent = sent  # Bytes of arguments and, below, of the result.
         self.received = 0
@@ -89,10 +90,10 @@ class Call(concurrent.futures.Future[T], Generic[T]):
         if way is None or pending is None or pending.done or self.done():  # In a callback `pending` is not done yet.
             return timeout
         if timeout is None:
-            way.transport.wait(pending)
+            way.transport.wait(pending, pending.deadline)
             return None
         deadline = time.monotonic() + timeout
-        way.transport.wait(pending, deadline)
+        way.transport.wait(pending, deadline if pending.deadline is None else min(deadline, pending.deadline))
         return max(0.0, deadline - time.monotonic())
 
     def cancel(self) -> bool:

@@ -22,8 +22,8 @@ from ..errors import (
     Forbidden,
     NotReady,
     RemoteError,
-    Unreachable,
     UnknownMethod,
+    Unreachable,
     UsageError,
 )
 from .calls import Call, Outcome, Pending
@@ -207,7 +207,8 @@ class ClientConnection:
                 self._connection.end(exchange.stream)
                 self.transport.flush()
 
-    def _send_stream(self, exchange: Exchange, stream: Stream) -> bool:
+    def _send_stream(self, exchange: Exchange, stream: object) -> bool:
+        assert isinstance(stream, Stream)
         try:
             return self.transport.send_body(exchange.stream, stream.chunks())
         except Closed:
@@ -460,13 +461,11 @@ class ClientConnection:
             return
 
         if call.watched or pending.received > SMALL:
-            self._reactor.execute(lambda: self._complete(pending, call, outcome))
+            pending.wake()  # First: a thread that reads in order to get this reply must not go on reading.
+            self._reactor.execute(lambda: call.complete(outcome))
         else:
-            self._complete(pending, call, outcome)
-
-    def _complete(self, pending: Pending, call: Call[Any], outcome: Outcome) -> None:
-        call.complete(outcome)
-        pending.wake()
+            call.complete(outcome)
+            pending.wake()
 
     def _result_outcome(self, body: bytes) -> Outcome:
         def outcome() -> Any:
@@ -684,6 +683,7 @@ class Client:
         pending = connection.start(method, encoded, timeout or 0.0, call)
         call.under_way(connection, pending)
         if timeout is not None:
+            pending.deadline = time.monotonic() + timeout
             error = CallTimeout(method, self.address, timeout)
 
             def expire() -> None:

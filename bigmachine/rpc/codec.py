@@ -187,7 +187,7 @@ class Codec:
         pickler: pickle.Pickler
         if rung >= _BY_VALUE:
             # Not at the top: it imports cloudpickle, 26 ms that most programs never need to spend.
-            from . import byvalue  # noqa: PLC0415
+            from . import byvalue
 
             by_value = byvalue.ByValuePickler if rung == _BY_VALUE else byvalue.ByValueStreamsPickler
             pickler = by_value(file, callback, self._main_names, streams.mark)

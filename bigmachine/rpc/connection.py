@@ -193,6 +193,7 @@ class Connection:
         self._whole: bytearray | None = None  # A frame that is collected for h2, and how much of it is here.
         self._whole_have = 0
         self.direct = False  # The last `get_buffer` gave the application's own memory: fill it before `received`.
+        self._h2.max_inbound_frame_size = FRAME_SIZE  # It was set from the settings before these.
         self._h2.initiate_connection()
         self._h2.increment_flow_control_window(CONNECTION_WINDOW - 65535)
         self._collect()
@@ -334,7 +335,7 @@ class Connection:
         receiving = self._receiving.get(stream)
         if receiving is None or receiving.through_h2:
             return
-        receiving.sink = sink
+        receiving.sink = sink if sink.left else None
         receiving.ungranted = sink.left + ahead
         self._grant(stream, receiving)
 
@@ -369,7 +370,7 @@ class Connection:
 
     def _debit(self, stream: int, receiving: _Receiving, size: int) -> None:
         self._received_since_update += size
-        if self._received_since_update >= CONNECTION_WINDOW // 2:
+        if self._received_since_update >= CONNECTION_WINDOW // 4:  # h2 keeps back up to half, of what it throws away.
             self._window_update(0, self._received_since_update)
             self._received_since_update = 0
         receiving.window -= size
@@ -427,9 +428,9 @@ class Connection:
         if n >= 18 and not self._end and not self._left and self._cut.empty:
             # By far the most frequent: one frame, with one message in it, as `message` makes them.
             high, low, kind, flags, stream, size, what, number = _HEADERS.unpack_from(self._buffer)
-            receiving = self._receiving.get(stream) if stream == self.channel else None
-            if receiving is not None and n == size + 18 == (high << 16 | low) + 9 and not kind and not flags:
-                self._debit(stream, receiving, n - 9)
+            channel = self._receiving.get(stream) if stream == self.channel else None
+            if channel is not None and n == size + 18 == (high << 16 | low) + 9 and not kind and not flags:
+                self._debit(stream, channel, n - 9)
                 self.messages.append((what, number, self._view[18:n].tobytes()))
                 self.messages_size += n - 9
                 return

@@ -83,6 +83,19 @@ class CallContext:
     caller: str
     deadline: float | None = None
     _cancelled: bool = field(default=False, repr=False)
+    _on_cancel: Callable[[], None] | None = field(default=None, repr=False, compare=False)
+
+    def _cancel(self) -> None:
+        """The caller does not want it any more."""
+        self._cancelled = True
+        if self._on_cancel is not None:
+            self._on_cancel()
+
+    def _when_cancelled(self, callback: Callable[[], None]) -> None:
+        """`callback` at the cancellation, at once where that has been; twice at worst. It must not block."""
+        self._on_cancel = callback
+        if self._cancelled:
+            callback()
 
     @property
     def cancelled(self) -> bool:

@@ -11,8 +11,8 @@ import functools
 import inspect
 import json
 import math
-import ssl
 import socket
+import ssl
 import threading
 import time
 from base64 import b64encode
@@ -89,7 +89,6 @@ class ServerConnection:
         self._caller_name = str(caller)
         self._inbox: deque[channel.Message] = deque()
         self._calls: dict[int, CallContext | None] = {}  # Calls of the channel that have not been answered.
-        self._tasks: dict[CallContext | int, Callable[[], None]] = {}
         self._large: dict[int, Encoded] = {}
         self._requests: dict[int, _Request] = {}
         self._oldest_reply = math.inf
@@ -152,12 +151,12 @@ class ServerConnection:
             method = self._server.handler.find(name.decode(), self.caller)
             if method.kind is Kind.GENERATOR or method.kind is Kind.ASYNC_GENERATOR:
                 raise BadArguments(method.name, "it yields: call it with `stream`")
-        except CallRefused as error:
+        except CallRefused as refused:
             self._calls.pop(number, None)
-            self._reply(channel.REFUSED, number, channel.refused_parts(error.status, error.reason))
+            self._reply(channel.REFUSED, number, channel.refused_parts(refused.status, refused.reason))
             return True
-        except Exception as error:  # Whatever a malformed message makes of the parser.
-            self.transport.fail(Closed(f"a malformed call: {error}"))
+        except Exception as malformed:  # Whatever it makes of the parser.
+            self.transport.fail(Closed(f"a malformed call: {malformed}"))
             return True
         deadline = time.monotonic() + timeout if timeout else None
         context = CallContext(method.name, self._caller_name, deadline)
@@ -200,6 +199,8 @@ class ServerConnection:
     ) -> tuple[Any, BaseException | None]:
         """Decode the arguments and run the method: (result, None) or (None, what it raised)."""
         token = current_call.set(context)
+        args: tuple[Any, ...] = ()
+        kwargs: dict[str, Any] = {}
         try:
             try:
                 args, kwargs = self._server.codec.decode(pickle, buffers, streams=streams)
@@ -233,13 +234,7 @@ class ServerConnection:
             except TypeError as error:
                 raise _bad_arguments(method, args, kwargs, error) from None
 
-        def done(result: Any, error: BaseException | None) -> None:
-            self._tasks.pop(id(context), None)
-            finish(result, error, flush=True)
-
-        self._tasks[id(context)] = self._server.event_loop().start(make, context, done)
-        if context.cancelled:
-            self._cancel(context)
+        self._server.event_loop().start(make, context, functools.partial(finish, flush=True))
 
     def _answer(
         self,
@@ -255,7 +250,8 @@ class ServerConnection:
         """Send the outcome of a call of the channel."""
         codec = self._server.codec
         sent = 0
-        kind, parts = channel.LARGE, ()
+        kind = channel.LARGE
+        parts: tuple[channel.Bytes, ...] = ()
         if error is None:
             try:
                 if type(result) in _ATOMS:
@@ -318,12 +314,6 @@ class ServerConnection:
             if other is context:
                 self._calls.pop(number, None)
 
-    def _cancel(self, context: CallContext) -> None:
-        context._cancelled = True
-        task = self._tasks.pop(id(context), None)
-        if task is not None:
-            task()
-
     # -- What arrives (connection owner) -----------------------------------------------------------------------------
 
     def on_event(self, event: Event) -> None:
@@ -361,13 +351,13 @@ class ServerConnection:
                 self._calls[number] = None
                 self._inbox.append(message)
             elif kind == channel.CANCEL:
-                self._large.pop(number, None)
-                if number in self._calls:
-                    context = self._calls[number]
-                    self._calls[number] = _CANCELLED
-                    if context is not None:
-                        del self._calls[number]
-                        self._cancel(context)
+                context = self._calls.get(number, _CANCELLED)
+                if context is None:
+                    self._calls[number] = _CANCELLED  # It waits in the inbox, which is ours.
+                elif context is not _CANCELLED:
+                    self._calls.pop(number, None)
+                    context._cancel()
+                self._large.pop(number, None)  # After the others: `_answer` looks for them when it has put it there.
 
     def _on_request(self, event: Headed) -> None:
         """Headers of a new stream: find the method, and prepare for the body. Refuse before anything is decoded."""
@@ -419,7 +409,7 @@ class ServerConnection:
                 self._start(request)
 
     def _on_collect(self, stream: int, number: str) -> None:
-        encoded = self._large.pop(int(number), None) if number.isdigit() else None
+        encoded = self._large.pop(int(number), None) if number.isdecimal() and number.isascii() else None
         if encoded is None:
             self._respond_text(stream, 404, f"no reply is kept for call {number!r}")
             return
@@ -460,7 +450,7 @@ class ServerConnection:
         self._requests.pop(request.stream, None)
         if request.inbox is not None:
             request.inbox.end(error)
-        self._cancel(request.context)
+        request.context._cancel()
 
     def _consumed(self, stream: int, size: int) -> None:
         with self.transport.lock:
@@ -473,10 +463,10 @@ class ServerConnection:
         self._server.forget(self)
         self._inbox.clear()
         self._large.clear()
-        contexts = [context for context in self._calls.values() if context is not None]
+        contexts = [context for context in list(self._calls.values()) if context is not None]
         self._calls.clear()
         for context in contexts:
-            self._cancel(context)
+            context._cancel()
         for request in list(self._requests.values()):
             self._drop(request, ConnectionError(f"the connection to {self.caller} ended: {closed}"))
 
@@ -516,8 +506,8 @@ class ServerConnection:
         if request.content_type == JSON:
             try:
                 pickle: Any = self._server.codec.encode(_json_arguments(method.name, request.raw), "JSON").pickle
-            except BadArguments as error:
-                self._end_request(request, started, error)
+            except BadArguments as refused:
+                self._end_request(request, started, refused)
                 return
             buffers: Any = ()
         else:
@@ -525,15 +515,15 @@ class ServerConnection:
         request.size = body.size if body is not None else len(request.raw)
         if method.kind is Kind.ASYNC:
             ended = threading.Event()
-            outcome: list[Any] = []
+            outcome: list[tuple[Any, BaseException | None]] = []
 
             def finish(result: Any, error: BaseException | None, *, flush: bool) -> None:
-                outcome.extend((result, error))
+                outcome.append((result, error))
                 ended.set()
 
             self._start_async(method, context, pickle, buffers, finish, streams)
             ended.wait()
-            result, error = outcome
+            result, error = outcome[0]
         else:
             result, error = self._invoke(method, context, pickle, buffers, streams)
         if error is not None:
@@ -572,7 +562,8 @@ class ServerConnection:
                 if not headed:
                     headed = self._head(stream, 200, _items_type(request, raw))
                 sent += sum(len(part) for part in parts)
-                if request.context.cancelled or not transport.send_body(stream, parts):
+                # Not at its deadline: that would look like its end. The caller resets the stream when he gives up.
+                if request.context._cancelled or not transport.send_body(stream, parts):
                     break
         except Closed:
             pass
@@ -795,6 +786,7 @@ class Server:
         with self._lock:
             self._closed = True
             handshakes = list(self._handshakes)
+            event_loop = self._event_loop
         for handshake in handshakes:
             handshake.end("the server is closed")
         for connection in self._all():
@@ -825,7 +817,7 @@ class _Handshake:
         self._lock = threading.Lock()
         self._ended = False
         try:
-            self.peer = "%s:%s" % sock.getpeername()[:2]
+            self.peer = "{}:{}".format(*sock.getpeername()[:2])
         except OSError:
             self.peer = "a peer that has gone"
         self._watch = server.reactor.watch(sock.fileno(), self.step)

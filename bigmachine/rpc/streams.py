@@ -52,7 +52,7 @@ def allocate(size: int) -> bytearray | mmap.mmap:
         return bytearray(size)
     try:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise MemoryError(f"cannot map {size} bytes: {error}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try:

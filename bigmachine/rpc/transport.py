@@ -31,8 +31,8 @@ import threading
 import time
 from _thread import LockType, allocate_lock
 from collections import deque
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import Protocol, cast
 
 from .channel import Bytes, Message
 from .connection import Connection, ConnectionFailed, Event
@@ -128,7 +128,8 @@ class Transport:
         self._writers: list[Waiter] = []
         self._poll = select.poll()
         self._poll.register(self._fd, select.POLLIN)
-        self._read = sock.read  # As `recv_into`, past two layers of checks: it is on the path of every call.
+        # As `recv_into` and `send`, past a layer of checks: they are on the path of every call.
+        self._read = cast("Callable[[int, memoryview], int]", sock.read)
         self._pending = sock.pending
         self._write = sock.write
         self._deferred = 0
@@ -212,6 +213,7 @@ class Transport:
         self._deferred = 0
         if self._blocked or not out:
             return
+        head: bytes | memoryview = b""
         try:
             while out:
                 head = out.popleft()
@@ -300,45 +302,55 @@ class Transport:
                 self._reading = True
                 self._leads_taken += 1
         if lead:
-            self._poll.poll()
-            self.read()
-            if not waiter.done:
-                waiter.leading = True  # More is needed: the role is kept, and `wait` goes on with it.
-            else:
+            try:
+                self._poll.poll()
+                self.read()
+            except BaseException:  # Ctrl-C, while this thread waited: nobody else may wait for it for ever.
+                self.release()
+                raise
+            if waiter.done:
                 with self.lock:
                     if not self._followers and self._lingering:
                         self._reading = False
                         return
                 self.release()
                 return
+            waiter.leading = True  # More is needed: the role is kept, and `wait` goes on with it.
         self.wait(waiter)
 
     def wait(self, waiter: Waiter, deadline: float | None = None) -> bool:
         """Until `waiter.done` or the connection has ended. False when `deadline` (monotonic) passes before."""
         in_time = True
-        while in_time and not waiter.done and self.closed is None:
-            with self.lock:
-                lead = waiter.leading
-                if not lead and self._leads and not self._reading and self.closed is None:
-                    self._reading = lead = True
-                    self._leads_taken += 1
-                    if not self._lingering:
-                        self._linger()
-                elif not lead and waiter.sleeper is None and self.closed is None:
-                    waiter.sleeper = allocate_lock()
-                    waiter.sleeper.acquire()
-                    self._followers.append(waiter)
-                if not lead and self._deferred:
-                    self.flush()
-            if lead:
-                waiter.leading = False
-                in_time = self._lead(waiter, deadline)
-            elif not waiter.done and waiter.sleeper is not None:  # `wake` sets `done` first, and then looks for a sleeper.
-                timeout = -1.0 if deadline is None else max(0.0, deadline - time.monotonic())
-                in_time = waiter.sleeper.acquire(timeout=min(timeout, threading.TIMEOUT_MAX))
-        if waiter.sleeper is not None or waiter.leading:
-            self._stop_following(waiter)
+        try:
+            while in_time and not waiter.done and self.closed is None:
+                in_time = self._wait_once(waiter, deadline)
+        finally:  # Also after Ctrl-C: a leader that has gone would never give up the role.
+            if waiter.sleeper is not None or waiter.leading:
+                self._stop_following(waiter)
         return in_time or waiter.done
+
+    def _wait_once(self, waiter: Waiter, deadline: float | None) -> bool:
+        """Lead, where the role is free, or follow, until there is a change. False on a timeout."""
+        with self.lock:
+            lead = waiter.leading
+            if not lead and self._leads and not self._reading and self.closed is None:
+                self._reading = lead = True
+                self._leads_taken += 1
+                if not self._lingering:
+                    self._linger()
+            elif not lead and waiter.sleeper is None and self.closed is None:
+                waiter.sleeper = allocate_lock()
+                waiter.sleeper.acquire()
+                self._followers.append(waiter)
+            if not lead and self._deferred:
+                self.flush()
+        if lead:
+            waiter.leading = False
+            return self._lead(waiter, deadline)
+        if waiter.done or waiter.sleeper is None:  # `wake` sets `done` first, and then looks for a sleeper.
+            return True
+        timeout = -1.0 if deadline is None else max(0.0, deadline - time.monotonic())
+        return waiter.sleeper.acquire(timeout=min(timeout, threading.TIMEOUT_MAX))
 
     def _stop_following(self, waiter: Waiter) -> None:
         with self.lock:

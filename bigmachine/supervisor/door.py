@@ -137,6 +137,7 @@ class _Visitor:
         with self._lock:
             if self._over:
                 return
+            problem = ""
             try:
                 data = self.sock.recv(MAX_HELLO, socket.MSG_PEEK)
                 if not data:
@@ -151,8 +152,6 @@ class _Visitor:
                 name = None
             except (NotTls, OSError) as error:
                 problem, name = str(error), ""
-            else:
-                problem = ""
             if name is None:
                 self._watch.arm(READ)
                 return

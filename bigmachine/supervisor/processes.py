@@ -109,7 +109,7 @@ def _proc_table() -> dict[int, tuple[int, int, bool]]:
 
 
 def _psutil_table() -> dict[int, tuple[int, int, bool]]:
-    import psutil  # noqa: PLC0415 (20 ms, needed only where a machine stops on a system without /proc)
+    import psutil
 
     table = {}
     for process in psutil.process_iter():
@@ -197,7 +197,7 @@ class Processes:
         forking.open_standard_streams()
         pid = self._execute(0)
         self._subreaper = forking.become_subreaper()  # It cannot have grandchildren yet: it is still starting Python.
-        import signal  # noqa: PLC0415 (5 ms, enumerations; process 0 is on its way now)
+        import signal
 
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # Inherited as ignored, it would lose us every exit status.
         return pid
@@ -216,7 +216,7 @@ class Processes:
         replica that could not be started, or of a process that sends what is no message. `on_exit(death)`: once for
         each service process, whether it was stopped or died; its output up to the end has been read.
         """
-        from .death import OomWatch  # noqa: PLC0415 (dataclasses and re, 20 ms: no part of what comes before `start`)
+        from .death import OomWatch
 
         self._oom = OomWatch()
         with self._changed:
@@ -307,7 +307,7 @@ class Processes:
     # -- Listening ---------------------------------------------------------------------------------------------------
 
     def _listen(self, process: _Process) -> None:
-        from .control import ControlSocket  # noqa: PLC0415 (socket and json, 15 ms: not before `start`)
+        from .control import ControlSocket
 
         reactor, output, oom = self._reactor, self._output, self._oom
         assert reactor is not None
@@ -477,7 +477,7 @@ class Processes:
 
     def _bury(self, process: _Process, status: int | None) -> None:
         """Tell how it died. On whatever thread has noticed it, without the lock."""
-        from .death import OomEvidence, decide  # noqa: PLC0415 (as in `attach`)
+        from .death import OomEvidence, decide
 
         lived = time.monotonic() - process.started
         evidence = OomEvidence()

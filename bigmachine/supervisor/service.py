@@ -8,8 +8,8 @@ import platform
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 
+from .. import __version__
 from ..info import DiskInfo, Info, LoadInfo, MemInfo, platform_name, python_version
 from ..rpc.stats import MethodStats, Stats
 from .workers import Event, Workers
@@ -21,14 +21,6 @@ OWNER_ONLY = frozenset(
 
 
 @functools.cache
-def bigmachine_version() -> str:
-    """The installed version; "0" in a checkout that was not installed."""
-    try:
-        return version("bigmachine")
-    except PackageNotFoundError:
-        return "0"
-
-
 class SupervisorService:
     """Served as ``Supervisor``. None of it runs, imports or unpickles what is the user's."""
 
@@ -62,7 +54,7 @@ class SupervisorService:
             maxprocs=self._workers.maxprocs,
             python=python_version(),
             platform=f"{platform_name()} {platform.release()}",
-            version=bigmachine_version(),
+            version=__version__,
         )
 
     def await_ready(self, timeout: float) -> None:

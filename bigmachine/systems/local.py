@@ -20,28 +20,112 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
-from ..errors import UsageError
-from ..system import Launched, Order
+from ..errors import BigmachineError, UsageError
+from ..supervisor.control import ControlSocket, Message
+from ..system import Launched, Order, Program
 
-MAIN = "import sys; sys.path.append(sys.argv.pop(1)); from bigmachine.supervisor.main import main; main()"
+MAIN = "import sys; sys.path.append(sys.argv.pop(1)); from bigmachine.supervisor.{} import main; main()"
 """Executed with ``-P``: nothing in the working directory can shadow a module of the supervisor's."""
+
+PACKAGE = str(Path(__file__).parents[2])
+"""Where this package is, for the supervisor's module search path."""
 
 KILL_WAIT = 5.0
 """Seconds to wait for a killed process group."""
 
 
 class _Child:
-    """One machine's supervisor, as its parent sees it."""
+    """One machine's supervisor, as the driver sees it."""
 
-    def __init__(self, order: Order, process: subprocess.Popen[bytes], lifeline: int) -> None:
-        self.order = order
-        self.process = process
+    def __init__(self, id: str, stderr: int, lifeline: int) -> None:
+        self.id = id
+        self.stderr = stderr
         self.lifeline = lifeline
         self.said: deque[str] = deque(maxlen=40)
+        self.known = threading.Event()
+        self.pid = 0  # From `known` on; 0 then where it could not be started.
+        self.exited = threading.Event()
+        self.status: int | None = None
         self.ended = threading.Event()
         self.reason = ""
         self.callbacks: list[Callable[[str], None]] = []
         self.stopping = False
+
+    def started(self, pid: int) -> None:
+        """It runs."""
+        self.pid = pid
+        self.known.set()
+
+    def failed(self, reason: str) -> None:
+        """It could not be started."""
+        self.reason = reason
+        self.known.set()
+        self.exited.set()
+
+    def exit(self, code: int) -> None:
+        """It has ended, with `code` as in `os.waitstatus_to_exitcode`."""
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        self.reason = f"its supervisor (pid {self.pid}) {how}"
+        self.exited.set()
+
+
+class _Nursery:
+    """The driver's end of `supervisor.nursery`."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-P", "-c", MAIN.format("nursery"), PACKAGE, str(theirs.fileno())]
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        self._control = ControlSocket(ours)
+        self._lock = threading.Lock()
+        self._children: dict[str, _Child] = {}
+        self._by_pid: dict[int, _Child] = {}
+        self._gone = False
+        threading.Thread(target=self._listen, name="bigmachine-nursery", daemon=True).start()
+
+    def bear(self, child: _Child, order: Message, fds: Sequence[int]) -> None:
+        """Order a machine. Raises OSError where the nursery is gone."""
+        with self._lock:
+            self._children[child.id] = child
+        self._control.send({"type": "machine", **order}, fds)
+
+    def _listen(self) -> None:
+        try:
+            while (received := self._control.receive()) is not None:
+                self._on_message(received[0])
+        except (OSError, BigmachineError):
+            pass  # It is gone, whichever way we learn of it.
+        with self._lock:
+            left = [child for child in self._children.values() if not child.exited.is_set()]
+        for child in left:
+            if child.pid:
+                child.exited.set()  # It lives on, or not: nobody can tell how it ends.
+            else:
+                child.failed("the process that starts machines has ended")
+
+    def _on_message(self, message: Message) -> None:
+        match message["type"]:
+            case "started":
+                child = self._children[message["id"]]
+                self._by_pid[message["pid"]] = child
+                child.started(message["pid"])
+            case "failed":
+                self._children[message["id"]].failed(message["error"])
+            case "ended":
+                child = self._by_pid.pop(message["pid"])
+                child.exit(os.waitstatus_to_exitcode(message["status"]))
+
+    def close(self) -> None:
+        """End it, after its machines."""
+        self._control.close()
+        self._process.wait(KILL_WAIT)
 
 
 class LocalLauncher:
@@ -59,28 +143,31 @@ class LocalLauncher:
         self._port = port
         self._lock = threading.Lock()
         self._children: dict[str, _Child] = {}
+        self._nursery: _Nursery | None = None
 
     # -- Launcher ----------------------------------------------------------------------------------------------------
 
     def launch(self, orders: Sequence[Order]) -> list[Future[Launched]]:
-        """See `system.Launcher`."""
+        """See `system.Launcher`. The first of several machines is executed while the nursery starts, which forks the rest."""
+        if len(orders) > 1 and self._nursery is None and sys.platform == "linux":
+            self._nursery = _Nursery()
+            first = 0
+        else:
+            first = -1
         futures = []
-        for order in orders:
+        for number, order in enumerate(orders):
             future: Future[Launched] = Future()
             try:
-                future.set_result(self._launch(order))
+                future.set_result(self._launch(order, None if number == first else self._nursery))
             except Exception as error:  # An OSError, most likely; whichever, it is this machine's failure alone.
                 future.set_exception(error)
             futures.append(future)
         return futures
 
-    def _launch(self, order: Order) -> Launched:
-        listener = self._listen()
-        try:
+    def _launch(self, order: Order, nursery: _Nursery | None) -> Launched:
+        with self._listen() as listener:
             launched = Launched(order.id, "localhost", listener.getsockname()[1], self._maxprocs)
-            child = self._spawn(order, listener, launched.address)
-        finally:
-            listener.close()
+            child = self._spawn(order, listener, launched.address, nursery)
         with self._lock:
             self._children[order.id] = child
         threading.Thread(target=self._watch, args=(child,), name=f"bigmachine-{order.id}", daemon=True).start()
@@ -101,9 +188,7 @@ class LocalLauncher:
             raise OSError(error.errno, f"port {port} is taken: {error.strerror}; choose another, or 0 for any") from None
         return listener
 
-    def _spawn(self, order: Order, listener: socket.socket, address: str) -> _Child:
-        program = order.program
-        package = str(Path(__file__).parents[2])
+    def _spawn(self, order: Order, listener: socket.socket, address: str, nursery: _Nursery | None) -> _Child:
         handover = {
             "credentials": order.credentials.to_json(),
             "address": address,
@@ -112,42 +197,65 @@ class LocalLauncher:
             "lease": order.lease,
             "driver": os.getpid(),
         }
-        read, lifeline = os.pipe()
+        stdin, lifeline = os.pipe()
+        said, stderr = os.pipe()
+        child = _Child(order.id, said, lifeline)
         try:
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-c", MAIN, package, order.id, *program.argv],
-                stdin=read,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                pass_fds=[listener.fileno()],
-                env={**os.environ, **program.environ},
-                cwd=program.cwd,
-                start_new_session=True,
-            )
-        except OSError:
+            if nursery is None:
+                self._execute(child, order.program, listener.fileno(), stdin, stderr)
+            else:
+                self._fork(child, order.program, listener.fileno(), stdin, stderr, nursery)
+        except BaseException:
             os.close(lifeline)
+            os.close(said)
             raise
         finally:
-            os.close(read)
+            os.close(stdin)
+            os.close(stderr)
         try:
-            os.write(lifeline, json.dumps(handover).encode() + b"\n")  # Below PIPE_BUF's 64 KiB: does not block.
+            os.write(lifeline, json.dumps(handover).encode() + b"\n")  # Below a pipe's 64 KiB: does not block.
         except BrokenPipeError:
             pass  # It has died; whoever watches it says how.
-        return _Child(order, process, lifeline)
+        return child
+
+    def _execute(self, child: _Child, program: Program, listener: int, stdin: int, stderr: int) -> None:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", MAIN.format("main"), PACKAGE, child.id, *program.argv],
+            stdin=stdin,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            pass_fds=[listener],
+            env={**os.environ, **program.environ},
+            cwd=program.cwd,
+            start_new_session=True,
+        )
+        child.started(process.pid)
+        name = f"bigmachine-wait-{child.id}"
+        threading.Thread(target=lambda: child.exit(process.wait()), name=name, daemon=True).start()
+
+    def _fork(
+        self, child: _Child, program: Program, listener: int, stdin: int, stderr: int, nursery: _Nursery
+    ) -> None:
+        order = {
+            "id": child.id,
+            "argv": list(program.argv),
+            "environ": {**os.environ, **program.environ},
+            "cwd": program.cwd or os.getcwd(),
+            "listener": listener,
+        }
+        nursery.bear(child, order, [stdin, stderr, listener])
 
     def _watch(self, child: _Child) -> None:
         """Read what the supervisor itself says, and wait for its end."""
-        assert child.process.stderr is not None
-        for line in child.process.stderr:
-            child.said.append(line.decode("utf-8", "replace").rstrip("\n"))
-        child.process.stderr.close()
-        code = child.process.wait()
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        child.reason = f"its supervisor (pid {child.process.pid}) {how}"
+        with open(child.stderr, encoding="utf-8", errors="replace") as stderr:
+            for line in stderr:
+                child.said.append(line.rstrip("\n"))
+        child.exited.wait()
+        if child.pid:
+            _kill_session(child.pid)
         with self._lock:
             child.ended.set()
             callbacks, child.callbacks = child.callbacks, []
-        _kill_session(child.process.pid)
         for callback in callbacks:
             callback(child.reason)
 
@@ -162,9 +270,9 @@ class LocalLauncher:
             os.close(child.lifeline)
         except OSError:
             pass
-        if not child.ended.wait(grace):
+        if not child.ended.wait(grace) and child.known.wait(KILL_WAIT) and child.pid and not child.exited.is_set():
             try:
-                os.kill(child.process.pid, signal.SIGKILL)
+                os.kill(child.pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
             child.ended.wait(KILL_WAIT)
@@ -194,8 +302,11 @@ class LocalLauncher:
         """See `system.Launcher`."""
         with self._lock:
             ids = list(self._children)
+            nursery, self._nursery = self._nursery, None
         for id in ids:
             self.stop(id, 0.0)
+        if nursery is not None:
+            nursery.close()
 
 
 def _kill_session(session: int) -> None:

@@ -19,6 +19,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -37,8 +38,8 @@ from ..errors import (
     MachineStopped,
     NotPicklable,
     RemoteTraceback,
-    Unreachable,
     UnknownMethod,
+    Unreachable,
     UsageError,
 )
 from ..launch import bare_program
@@ -295,9 +296,14 @@ class Conformance:
             machine.call(method, timeout=0.05)
         assert isinstance(caught.value, TimeoutError)
         assert machine.call("Probe.cancelled", timeout=SOON)
+        call = machine.submit(method, timeout=0.05)
+        started = time.monotonic()
         with pytest.raises(CallTimeout):
-            machine.submit(method, timeout=0.05).result(SOON)
+            call.result(SOON)
+        assert time.monotonic() - started < SOON / 2
         assert machine.call("Probe.cancelled", timeout=SOON)
+        machine.call("Probe.wake")
+        machine.call("Probe.wake")
 
     @pytest.mark.parametrize("method", ["Probe.nap", "Probe.anap"])
     def test_cancelling_a_call_cancels_it_there(self, machine: Machine, method: str) -> None:
@@ -305,7 +311,10 @@ class Conformance:
         assert machine.call("Probe.echo", 1) == 1  # So `method` has arrived.
         assert call.cancel()
         assert call.cancelled()
+        with pytest.raises(CancelledError):
+            call.result()
         assert machine.call("Probe.cancelled", timeout=SOON)
+        machine.call("Probe.wake")
 
     # -- Services ----------------------------------------------------------------------------------------------------
 

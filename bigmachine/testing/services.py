@@ -45,6 +45,7 @@ class Probe:
         self._inside = 0
         self._closed = threading.Event()
         self._cancelled = threading.Semaphore(0)
+        self._woken = threading.Semaphore(0)
         self._opened = threading.Event()
 
     def echo(self, value: Any = None) -> Any:
@@ -126,7 +127,7 @@ class Probe:
     # -- Waiting -----------------------------------------------------------------------------------------------------
 
     def nap(self) -> None:
-        """Wait until the call is cancelled."""
+        """Wait until the call is cancelled; then for `wake`, as an answer might still be in time."""
         context = call_context()
         deadline = time.monotonic() + WAIT
         while not context.cancelled:
@@ -134,6 +135,7 @@ class Probe:
                 raise TimeoutError("nobody has cancelled the call")
             time.sleep(0.002)
         self._cancelled.release()
+        self._woken.acquire(timeout=WAIT)
 
     async def anap(self) -> None:
         """The same, on the event loop."""
@@ -142,6 +144,9 @@ class Probe:
         except asyncio.CancelledError:
             self._cancelled.release()
             raise
+
+    def wake(self) -> None:
+        self._woken.release()
 
     def cancelled(self) -> bool:
         """Wait until one more `nap` has been cancelled."""
