@@ -23,6 +23,7 @@ Rule 5. Events are dispatched in order, by the holder of the role, without the l
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import ssl
@@ -36,7 +37,7 @@ from typing import Protocol, cast
 
 from .channel import Bytes, Message
 from .connection import Connection, ConnectionFailed, Event
-from .reactor import READ, WRITE, Reactor, Watch, Worker
+from .reactor import READ, WRITE, Reactor, Watch, Worker, report_bug
 
 RECORD = 16 * 1024
 """Bytes of a TLS record: small frames are joined up to this before they are encrypted."""
@@ -90,6 +91,34 @@ def _release(sleeper: LockType) -> None:
         pass  # Woken twice.
 
 
+class Bell:
+    """A descriptor that becomes readable when somebody rings."""
+
+    def __init__(self) -> None:
+        if hasattr(os, "eventfd"):
+            self.fd = self._ring = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        else:
+            self.fd, self._ring = os.pipe()
+            os.set_blocking(self.fd, False)
+            os.set_blocking(self._ring, False)
+
+    def ring(self) -> None:
+        try:
+            os.write(self._ring, b"\1\0\0\0\0\0\0\0")
+        except BlockingIOError:
+            pass  # It rings.
+
+    def silence(self) -> None:
+        try:
+            os.read(self.fd, 4096)
+        except BlockingIOError:
+            pass
+
+    def close(self) -> None:
+        for fd in {self.fd, self._ring}:
+            os.close(fd)
+
+
 class Owner(Protocol):
     """Client or server: what the transport tells, always without the lock."""
 
@@ -126,13 +155,18 @@ class Transport:
         self._blocked = False  # The socket took less than it was offered; WRITE is armed.
         self._followers: deque[Waiter] = deque()
         self._writers: list[Waiter] = []
+        self._pollers = 0  # Threads without the role that poll the descriptor: it must not be closed under them.
         self._poll = select.poll()
         self._poll.register(self._fd, select.POLLIN)
+        self._bell = Bell() if leads else None
+        if self._bell is not None:
+            self._poll.register(self._bell.fd, select.POLLIN)
         # As `recv_into` and `send`, past a layer of checks: they are on the path of every call.
         self._read = cast("Callable[[int, memoryview], int]", sock.read)
         self._pending = sock.pending
         self._write = sock.write
         self._deferred = 0
+        self._ended = False
         self._watch: Watch = reactor.watch(self._fd, self._on_ready)
 
     def start(self) -> None:
@@ -241,10 +275,13 @@ class Transport:
             size += len(part)
         return b"".join(parts) if len(parts) > 1 else head
 
-    def send_body(self, stream: int, parts: Iterable[bytes | bytearray | memoryview]) -> bool:
+    def send_body(
+        self, stream: int, parts: Iterable[bytes | bytearray | memoryview], deadline: float | None = None
+    ) -> bool:
         """Send `parts` on `stream`, in order, as DATA frames. Blocks for windows and for the socket.
 
-        Must not be called by the holder of the role. False where the stream was reset meanwhile; raises `Closed`.
+        Must not be called by the holder of the role. False where the stream was reset meanwhile, or `deadline` (monotonic)
+        has passed; raises `Closed`.
         """
         for part in parts:
             view = memoryview(part).cast("B") if not isinstance(part, bytes) else memoryview(part)
@@ -261,56 +298,79 @@ class Transport:
                             continue
                 if self.closed is not None:
                     raise self.closed
-                if window < 0:
+                if window < 0 or not self._wait_to_send(stream, window, deadline):
                     return False
-                self._wait_to_send(stream, window)
-        while self.connection.out_bytes and self.closed is None:
-            self._wait_to_send(stream, 1)  # The caller may change its buffers when this returns.
+        while self.connection.out_bytes and self.closed is None and self._wait_to_send(stream, 1, deadline):
+            pass  # The caller may change its buffers when this returns.
         return True
 
-    def wait_for_room(self) -> None:
+    def wait_for_room(self, deadline: float | None = None) -> None:
         """Block while the outbox is over its limit: what keeps a caller in a loop from filling the memory."""
-        while self.closed is None and self.connection.out_bytes > OUTBOX_HIGH:
-            self._wait_to_send(0, 1)
+        while self.closed is None and self.connection.out_bytes > OUTBOX_HIGH and self._wait_to_send(0, 1, deadline):
+            pass
 
-    def _wait_to_send(self, stream: int, window: int) -> None:
-        """Until the socket, or the window where it is used up, lets more be sent."""
+    def _wait_to_send(self, stream: int, window: int, deadline: float | None = None) -> bool:
+        """Until the socket, or the window where it is used up, lets more be sent. False when `deadline` (monotonic) has
+        passed."""
+        now = time.monotonic()
+        if deadline is not None and now >= deadline:
+            return False
+        until = now + SEND_STALL if deadline is None else min(deadline, now + SEND_STALL)
         if window > 0:
+            with self.lock:
+                if self.closed is not None:
+                    return True
+                self._pollers += 1
             poll = select.poll()
             poll.register(self._fd, select.POLLOUT)
-            if self.closed is None and not poll.poll(SEND_STALL * 1000):
+            writable = False
+            try:
+                writable = bool(poll.poll((until - now) * 1000 + 1))
+            finally:
+                self._stop_polling(writable)
+            if not writable and until != deadline:
                 self.fail(Closed(f"the peer has not read for {SEND_STALL:g} s"))
-            with self.lock:
-                self._blocked = False
-                self.flush()
-            return
+            return True
         waiter = Waiter()
         with self.lock:
             if self.closed is not None or self.connection.window(stream) != 0:
-                return
+                return True
             self._writers.append(waiter)
-        if not self.wait(waiter, time.monotonic() + SEND_STALL):
+        if not self.wait(waiter, until) and until != deadline:
             self.fail(Closed(f"the peer has not opened the window of a stream for {SEND_STALL:g} s"))
+        return True
+
+    def _stop_polling(self, writable: bool) -> None:
+        with self.lock:
+            self._pollers -= 1
+            if self.closed is not None:
+                self._close_if_unused()
+            elif writable:
+                self._blocked = False
+                self.flush()
 
     # -- Waiting and reading -----------------------------------------------------------------------------------------
 
     def round_trip(self, waiter: Waiter) -> None:
         """`wait` without a deadline, for the most frequent case: this thread has led before, and nobody reads."""
         with self.lock:
-            lead = self._lingering and not self._reading and not self._deferred and self.closed is None
+            lead = (
+                self._lingering and not self._reading and not self._deferred and not waiter.done and self.closed is None
+            )
             if lead:
                 self._reading = True
                 self._leads_taken += 1
         if lead:
             try:
-                self._poll.poll()
+                if self._poll.poll()[0][0] != self._fd:
+                    self._silence()
                 self.read()
             except BaseException:  # Ctrl-C, while this thread waited: nobody else may wait for it for ever.
                 self.release()
                 raise
             if waiter.done:
                 with self.lock:
-                    if not self._followers and self._lingering:
+                    if not self._followers and self._lingering and self.closed is None:
                         self._reading = False
                         return
                 self.release()
@@ -341,16 +401,18 @@ class Transport:
             elif not lead and waiter.sleeper is None and self.closed is None:
                 waiter.sleeper = allocate_lock()
                 waiter.sleeper.acquire()
-                self._followers.append(waiter)
+                if self._leads:  # Else it waits for a window: `_writers` has it.
+                    self._followers.append(waiter)
+            sleeper = waiter.sleeper
             if not lead and self._deferred:
                 self.flush()
         if lead:
             waiter.leading = False
             return self._lead(waiter, deadline)
-        if waiter.done or waiter.sleeper is None:  # `wake` sets `done` first, and then looks for a sleeper.
+        if waiter.done or sleeper is None:  # `wake` sets `done` first, and then looks for a sleeper.
             return True
         timeout = -1.0 if deadline is None else max(0.0, deadline - time.monotonic())
-        return waiter.sleeper.acquire(timeout=min(timeout, threading.TIMEOUT_MAX))
+        return sleeper.acquire(timeout=min(timeout, threading.TIMEOUT_MAX))
 
     def _stop_following(self, waiter: Waiter) -> None:
         with self.lock:
@@ -369,28 +431,43 @@ class Transport:
                     with self.lock:
                         self.flush()
                 if deadline is None:
-                    self._poll.poll()
+                    ready = self._poll.poll()
                 else:
                     left = deadline - time.monotonic()
-                    if left <= 0 or not self._poll.poll(left * 1000 + 1):
+                    ready = self._poll.poll(left * 1000 + 1) if left > 0 else []
+                    if not ready:
                         return False
+                if ready[0][0] != self._fd:
+                    self._silence()
                 self.read()
             return True
         finally:
             self.release()
 
+    def _silence(self) -> None:
+        if self._bell is not None:
+            self._bell.silence()
+
+    def interrupt(self, waiter: Waiter) -> None:
+        """`wake`, for what does not come over the connection (a cancellation, a timeout), so that a leader does not learn
+        of it by reading."""
+        waiter.wake()
+        with self.lock:
+            if self._reading and self._bell is not None and self.closed is None:
+                self._bell.ring()
+
     def settle(self) -> bool:
-        """See `reactor.Lingering`: give the descriptor back to the workers when no thread has led for a tick."""
+        """See `reactor.Lingering`: give the descriptor back to the workers when no thread has begun to lead for a tick."""
         with self.lock:
             if self.closed is not None:
                 return True
             if self._deferred:
                 self.flush()  # Nobody waits for an answer, so that nobody has flushed.
                 return False
-            if self._reading or self._leads_seen != self._leads_taken:
+            if self._leads_seen != self._leads_taken:
                 self._leads_seen = self._leads_taken
                 return False
-            self._lingering = False
+            self._lingering = False  # Who still leads, waits for long, and arms the descriptor when he has what he wants.
             self._arm()
             return True
 
@@ -408,7 +485,9 @@ class Transport:
                         _release(sleeper)
                     return
             self._reading = False
-            if not self._lingering:
+            if self.closed is not None:
+                self._close_if_unused()
+            elif not self._lingering:
                 self._arm()
 
     def _arm(self) -> None:
@@ -447,11 +526,11 @@ class Transport:
                     n = self._read(ALL, buffer)
                     if not n:
                         raise ConnectionFailed("the peer closed the connection")
-                    full = n == len(buffer)
-                    if connection.direct and not full:
+                    size = len(buffer)
+                    if connection.direct and n < size:
                         n = self._fill(buffer, n)
                     connection.received(n)
-                    if not full or not self._pending():
+                    if n < size or not self._pending():
                         break  # A record that did not fit would be finished: no poller tells of what TLS holds.
             except (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError):
                 pass
@@ -464,12 +543,16 @@ class Transport:
                     writer.wake()
                 self._writers.clear()
             connection.windows_opened = 0
-        if connection.messages:
-            messages, connection.messages = connection.messages, []
-            self._owner.on_messages(messages)
-        events = connection.events
-        while events:
-            self._owner.on_event(events.popleft())
+        try:
+            if connection.messages:
+                messages, connection.messages = connection.messages, []
+                self._owner.on_messages(messages)
+            events = connection.events
+            while events:
+                self._owner.on_event(events.popleft())
+        except Exception as error:  # What the peer sent was beyond the owner. The role must not be lost with it.
+            report_bug("what a peer sent")
+            failure = failure or _closed(error)
         if failure is not None:
             self.fail(failure)
 
@@ -527,16 +610,25 @@ class Transport:
             waiter.wake()
         with self.lock:
             try:
-                self._sock.shutdown(socket.SHUT_RDWR)  # Wakes a leader that polls.
+                self._sock.shutdown(socket.SHUT_RDWR)  # Wakes whoever polls.
             except OSError:
                 pass
+            self._close_if_unused()
+
+    def _close_if_unused(self) -> None:
+        """With the lock held: a descriptor that somebody is about to poll could be somebody else's by then."""
+        if not self._reading and not self._pollers and not self._ended:
+            self._ended = True
             self._sock.close()
+            if self._bell is not None:
+                self._bell.close()
 
     def flush_last(self) -> None:
         """Offer what is left (a GOAWAY, perhaps) to the socket, once."""
         try:
             for part in self.connection.out:
-                self._write(part)
+                if self._write(part) < len(part):
+                    break
         except (OSError, ValueError):
             pass
         self.connection.out.clear()

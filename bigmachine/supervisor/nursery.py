@@ -23,6 +23,7 @@ from .control import ControlSocket, Message
 from .forking import Program
 from .local import serve_local
 from .processes import Processes
+from .serve import pidfd
 
 
 def main() -> None:
@@ -36,14 +37,19 @@ def main() -> None:
     poll = select.poll()
     poll.register(control.fileno(), select.POLLIN)
     poll.register(wake_read, select.POLLIN)
+    driver = pidfd(int(sys.argv[2]))  # Somebody whom the driver forked may hold the other end of the socket, too.
+    if driver is not None:
+        poll.register(driver, select.POLLIN)
     while not control.eof:
         ready = {fd for fd, _ in poll.poll()}
+        if driver in ready:
+            return
         if wake_read in ready:
             os.read(wake_read, 4096)
             _bury(control)
         if control.fileno() in ready:
             for message, fds in control.receive_ready():
-                _bear(message, fds, control, [wake_read, wake_write])
+                _bear(message, fds, control, [fd for fd in (wake_read, wake_write, driver) if fd is not None])
 
 
 def _bury(control: ControlSocket) -> None:

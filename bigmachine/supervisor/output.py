@@ -131,6 +131,7 @@ class OutputCapture:
         self._queue: list[Output] = []
         self._held = 0  # Bytes that count against the limit: the queue and what the line buffers hold.
         self._discarding = False
+        self._poked = False
         self._used = False
 
     # -- What the supervisor calls -----------------------------------------------------------------------------------
@@ -147,12 +148,15 @@ class OutputCapture:
             pipe.watch.arm()
 
     def read(self, timeout: float | None = None) -> list[Output] | None:
-        """What has been written since the last call, waiting for it; ``[]`` after `timeout` seconds, None at the end.
+        """What has been written since the last call, waiting for it; ``[]`` after `timeout` seconds or a `poke`, None at the
+        end.
 
         The end is there when every pipe is at its own (see `close_after`) and all has been read, or after `discard`.
         """
         with self._changed:
-            if not self._changed.wait_for(lambda: self._queue or self._ended(), timeout):
+            in_time = self._changed.wait_for(lambda: self._queue or self._poked or self._ended(), timeout)
+            poked, self._poked = self._poked, False
+            if not in_time or (poked and not self._queue and not self._ended()):
                 return []
             if not self._queue:
                 return None
@@ -160,6 +164,12 @@ class OutputCapture:
             self._held -= sum(len(output.data) for output in outputs)
             self._resume()
         return merge(outputs)
+
+    def poke(self) -> None:
+        """Let a `read` that waits return: there is something else for its caller to look at."""
+        with self._changed:
+            self._poked = True
+            self._changed.notify_all()
 
     def last_output(self, process: int) -> str:
         """The last lines of `process`, both streams, including what it wrote just before it died."""

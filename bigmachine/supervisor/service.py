@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 from .. import __version__
 from ..info import DiskInfo, Info, LoadInfo, MemInfo, platform_name, python_version
+from ..rpc.methods import call_context
 from ..rpc.stats import MethodStats, Stats
 from .workers import Event, Workers
 
@@ -82,7 +83,8 @@ class SupervisorService:
 
     def events(self) -> Iterator[Event]:
         """Output, logs and deaths as they come; ends when the machine has been shut down and all is said."""
-        yield from self._workers.events()
+        context = call_context()
+        yield from self._workers.events(lambda: context.cancelled)
 
     def obituary(self) -> str | None:
         """How a service process died; None while all live."""

@@ -7,7 +7,7 @@ import os
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from ..credentials import Credentials
@@ -21,9 +21,8 @@ from .processes import Processes
 Event = tuple[Any, ...]
 """``("output", process, stream, data)``, ``("log", text)`` or ``("death", summary, last_output)``."""
 
-POLL = 0.1
-"""Seconds after which the reader of events looks whether a process has died: its own pipes wake it before that, unless
-another process holds them open."""
+POLL = 5.0
+"""Seconds between two looks whether the reader of events is still there. What happens wakes it at once."""
 
 
 class Workers(Protocol):
@@ -40,8 +39,8 @@ class Workers(Protocol):
     def adopt(self, process: int, sock: socket.socket) -> None:
         """Give a connection to a process. Raises `ValueError` where there is no such process."""
 
-    def events(self) -> Iterator[Event]:
-        """What happens, as it happens; ends after `stop`, when all has been said. One reader."""
+    def events(self, gone: Callable[[], bool]) -> Iterator[Event]:
+        """What happens, as it happens; ends after `stop`, when all has been said, or when its reader is `gone`. One reader."""
 
     def discard(self) -> None:
         """Nobody will read the events any more."""
@@ -106,6 +105,7 @@ class ProcessWorkers:
             if self._death is None and not self._stopping:
                 self._death = death
             self._changed.notify_all()
+        self._capture.poke()
 
     def _wait(self, done: Any, timeout: float, what: str) -> None:
         with self._changed:
@@ -149,11 +149,13 @@ class ProcessWorkers:
             raise ValueError(f"service process {process} cannot take it: {error.strerror or error}") from None
         sock.close()
 
-    def events(self) -> Iterator[Event]:
+    def events(self, gone: Callable[[], bool]) -> Iterator[Event]:
         """See `Workers`."""
         told = False
         while True:
             outputs = self._capture.read(POLL)
+            if not outputs and gone():
+                return
             while self._logs:
                 yield "log", self._logs.pop(0)
             for output in outputs or ():
@@ -175,6 +177,7 @@ class ProcessWorkers:
         """See `Workers`. At most a thousand wait: somebody may knock at the door for hours."""
         if len(self._logs) < 1000:
             self._logs.append(text)
+        self._capture.poke()
 
     def obituary(self) -> str | None:
         """See `Workers`."""
@@ -189,6 +192,7 @@ class ProcessWorkers:
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
+        self._capture.poke()
         survivors = self._processes.stop(grace)
         if survivors:
             self.log(f"processes {survivors} do not end, not even killed")

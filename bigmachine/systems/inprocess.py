@@ -19,7 +19,7 @@ from ..errors import UsageError
 from ..machine import Machine
 from ..rpc.reactor import reactor
 from ..supervisor.serve import Supervisor
-from ..supervisor.workers import Event
+from ..supervisor.workers import POLL, Event
 from ..system import Launched, Order
 from ..worker import Worker
 
@@ -58,9 +58,15 @@ class _Threads:
             raise ValueError(f"there is no service process {process}")
         self._workers[process].server.adopt(sock)
 
-    def events(self) -> Iterator[Event]:
+    def events(self, gone: Callable[[], bool]) -> Iterator[Event]:
         """See `Workers`. Output is this process's own and needs no carrying."""
-        while (event := self._events.get()) is not None:
+        while not gone():
+            try:
+                event = self._events.get(timeout=POLL)
+            except queue.Empty:
+                continue
+            if event is None:
+                return
             yield event
 
     def discard(self) -> None:

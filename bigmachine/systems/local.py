@@ -75,9 +75,9 @@ class _Nursery:
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-P", "-c", MAIN.format("nursery"), PACKAGE, str(theirs.fileno())]
+            command = [sys.executable, "-P", "-c", MAIN.format("nursery"), PACKAGE]
             self._process = subprocess.Popen(
-                command,
+                [*command, str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
