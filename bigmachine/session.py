@@ -30,6 +30,9 @@ GIVE_UP = 10.0
 MAX_LINE = 1 << 20
 """Bytes of a machine's output without an end of line that are held back: so as to keep lines whole, not to keep a memory."""
 
+READ_ON = 0.5
+"""Seconds in which a machine that is gone is still read: it may have said why. Shorter than `machine.EXPLAIN_WITHIN`."""
+
 TAIL = 40
 """Lines of a machine's output that are kept for error messages."""
 
@@ -287,10 +290,13 @@ class _Owned:
 
     def _vanished(self, reason: str) -> None:
         """The system has noticed that the machine is gone. The supervisor may have said why, and it may still be read."""
-        reader = self._reader
-        if reader is not None and reader is not threading.current_thread():
-            reader.join(1.0)
-        self.lost(MachineStopped(self.machine.addr, reason, sent=True))
+
+        def end() -> None:
+            if self._reader is not None:
+                self._reader.join(READ_ON)
+            self.lost(MachineStopped(self.machine.addr, reason, sent=True))
+
+        threading.Thread(target=end, name=f"bigmachine-lost-{self.machine.id}", daemon=True).start()
 
     def _read(self) -> None:
         """Write what the machine says, until it has said everything."""
@@ -325,7 +331,8 @@ class _Owned:
             case ("death", str(summary), str(last_output)):
                 text = f"{summary}; its last output:\n{last_output.rstrip()}" if last_output.strip() else summary
                 error = MachineStopped(self.machine.addr, text, sent=True)
-                threading.Thread(target=self.lost, args=(error,), name="bigmachine-lost", daemon=True).start()
+                name = f"bigmachine-lost-{self.machine.id}"
+                threading.Thread(target=self.lost, args=(error,), name=name, daemon=True).start()
 
     def _say(self, source: tuple[int, str], data: bytes) -> None:
         """Whole lines, each with the machine's address in front."""

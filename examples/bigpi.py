@@ -42,7 +42,7 @@ def estimate(machines: list[bigmachine.Machine], samples: int) -> float:
     cores = sum(machine.maxprocs for machine in machines)
     log.info("distributing work among %d cores", cores)
     share, rest = divmod(samples, cores)
-    calls = []
+    calls: list[bigmachine.Call[int]] = []
     for machine in machines:
         for _ in range(machine.maxprocs):
             calls.append(machine.submit("PI.sample", share + (1 if len(calls) < rest else 0)))

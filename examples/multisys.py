@@ -13,6 +13,7 @@ share, as this program saw it: the mean time of a call includes the wait for a f
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 
@@ -44,7 +45,7 @@ def is_prime(number: int) -> bool:
 def cut(limit: int, parts: int) -> list[tuple[int, int]]:
     """The numbers 0, …, `limit` - 1 as `parts` intervals (start, stop), about equally long."""
     ends = [limit * part // parts for part in range(parts + 1)]
-    return list(zip(ends[:-1], ends[1:], strict=True))
+    return list(itertools.pairwise(ends))
 
 
 def count_primes(machines: list[bigmachine.Machine], limit: int) -> int:

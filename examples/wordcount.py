@@ -222,6 +222,7 @@ def main() -> None:
         text = shares(args.files, args.n, args.nmach)
         for machine in machines:
             machine.wait(State.RUNNING)
+        print(f"{len(machines)} machines are ready", file=sys.stderr)
         counts = count_on(machines, text, pool)
     for word, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[: args.top]:
         print(f"{count:9} {word}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from bigmachine.errors import UnknownMethod
 from bigmachine.rpc.channel import (
     CALL,
     CANCEL,
@@ -106,11 +105,6 @@ def test_payloads_at_the_limit_fit_a_message() -> None:
     buffers = [memoryview(bytes(SMALL // MAX_BUFFERS))] * MAX_BUFFERS
     assert sum(map(len, call_parts(b"n" * 255, 1.0, bytes(1000), buffers))) <= MAX_MESSAGE
     assert sum(map(len, refused_parts(404, "ü" * 100_000))) <= MAX_MESSAGE
-
-
-def test_name_that_a_call_cannot_hold() -> None:
-    with pytest.raises(UnknownMethod, match="at most 255 bytes"):
-        call_parts(b"n" * 256, 0.0, b"", [])
 
 
 def test_refused() -> None:

@@ -58,6 +58,7 @@ class Call(concurrent.futures.Future[T], Generic[T]):
         self._way: _Way | None = None
         self._pending: Pending | None = None
         self._watched = False
+        self._execute: Callable[[Callable[[], None]], None] | None = None
 
     def under_way(self, way: _Way, pending: Pending) -> None:
         """The call was sent on `way`, and is `pending` there."""
@@ -104,11 +105,12 @@ class Call(concurrent.futures.Future[T], Generic[T]):
             return False
         if self._way is not None and self._pending is not None:
             self._way.cancel(self._pending)
-            self._pending.wake()
         return True
 
-    def complete(self, outcome: Outcome) -> None:
-        """Set the result or the exception that `outcome` gives; without effect where the call was cancelled."""
+    def complete(self, outcome: Outcome, execute: Callable[[Callable[[], None]], None] | None = None) -> None:
+        """Set the result or the exception that `outcome` gives; without effect where the call was cancelled. Callbacks are
+        run by `execute`: one may have been added since `watched` was looked at."""
+        self._execute = execute
         try:
             try:
                 value = outcome()
@@ -118,6 +120,12 @@ class Call(concurrent.futures.Future[T], Generic[T]):
                 self.set_result(value)
         except concurrent.futures.InvalidStateError:
             pass  # Cancelled, or timed out, in the meantime.
+
+    def _invoke_callbacks(self) -> None:
+        if self._execute is None or not self._watched:
+            super()._invoke_callbacks()  # type: ignore[misc]
+        else:
+            self._execute(super()._invoke_callbacks)  # type: ignore[misc]
 
     def __await__(self) -> Generator[Any, None, T]:
         import asyncio  # 15 ms that a worker does not spend; whoever awaits has paid them.

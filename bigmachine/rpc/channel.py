@@ -19,8 +19,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
-from ..errors import UnknownMethod
-
 CALL, CANCEL, RESULT, RAISED, REFUSED, LARGE = 1, 2, 3, 4, 5, 6
 
 SMALL = 64 * 1024
@@ -49,11 +47,8 @@ def pack(kind: int, number: int, *parts: Bytes) -> bytes:
 
 
 def call_parts(method: bytes, timeout: float, pickle: bytes, buffers: Sequence[memoryview]) -> tuple[Bytes, ...]:
-    """The body of a `CALL`. Raises `UnknownMethod` for a name that it cannot hold."""
-    try:
-        head = _CALL.pack(timeout, len(method), len(buffers))
-    except struct.error:
-        raise UnknownMethod(method.decode(), "a method has a name of at most 255 bytes") from None
+    """The body of a `CALL`."""
+    head = _CALL.pack(timeout, len(method), len(buffers))
     if not buffers:
         return head, method, pickle
     return head, struct.pack(f">{len(buffers)}I", *map(len, buffers)), method, *buffers, pickle

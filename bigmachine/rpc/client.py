@@ -42,7 +42,7 @@ from .channel import (
     parse_result,
 )
 from .codec import Codec, Encoded
-from .connection import MAX_STREAMS, Connection, Data, Ended, Event, Filled, GoneAway, Headed, Reset
+from .connection import MAX_STREAMS, Connection, ConnectionFailed, Data, Ended, Event, Filled, GoneAway, Headed, Reset
 from .failures import decode_failure
 from .reactor import Reactor
 from .stats import Stats
@@ -134,12 +134,11 @@ class ClientConnection:
         pending = Pending(method, nbytes)
         pending.call = call
         if nbytes > SMALL or encoded.streams or len(encoded.buffers) > MAX_BUFFERS:
-            exchange = Exchange(pending)
-            self._open(exchange, method, encoded, timeout)
+            self._open(Exchange(pending), method, encoded, timeout)
             return pending
         transport, connection = self.transport, self._connection
         if connection.out_bytes > SMALL:
-            transport.wait_for_room()
+            transport.wait_for_room(_deadline(timeout))
         name = self._names.get(method) or self._name(method)
         pending.number = number = next(self._numbers)
         with transport.lock:
@@ -157,7 +156,8 @@ class ClientConnection:
                 transport.send_now(data)
         if data is None:
             try:
-                transport.send_message(CALL, number, call_parts(name, timeout, encoded.pickle, encoded.buffers))
+                parts = call_parts(name, timeout, encoded.pickle, encoded.buffers)
+                transport.send_message(CALL, number, parts, _deadline(timeout))
             except Closed:
                 pass  # `on_closed` has completed, or will complete, the call.
         return pending
@@ -185,7 +185,8 @@ class ClientConnection:
         ]
 
     def _open(self, exchange: Exchange, method: str, encoded: Encoded, timeout: float) -> None:
-        """Start `exchange` and send its request, on this thread."""
+        """Start `exchange` and send its request, on this thread; as much of it as can be sent before the timeout."""
+        deadline = _deadline(timeout)
         more = [("bigm-layout", layout(encoded.pickle, encoded.buffers))]
         if timeout:
             more.append(("bigm-timeout", f"{timeout:.6f}"))
@@ -195,11 +196,11 @@ class ClientConnection:
             more.append(("bigm-stream", "1"))
         if len(encoded.streams) > 1:
             raise UsageError(f"{method}: one argument of a call can be a Stream, not {len(encoded.streams)}")
-        self._begin(exchange, self._headers(method, "application/x-bigmachine-pickle", *more))
+        self._begin(exchange, self._headers(method, "application/x-bigmachine-pickle", *more), deadline=deadline)
         try:
-            alive = self.transport.send_body(exchange.stream, [encoded.pickle, *encoded.buffers])
+            alive = self.transport.send_body(exchange.stream, [encoded.pickle, *encoded.buffers], deadline)
             for stream in encoded.streams:
-                alive = alive and self._send_stream(exchange, stream)
+                alive = alive and self._send_stream(exchange, stream, deadline)
         except Closed:
             return  # `on_closed` completes it.
         if alive:
@@ -207,28 +208,39 @@ class ClientConnection:
                 self._connection.end(exchange.stream)
                 self.transport.flush()
 
-    def _send_stream(self, exchange: Exchange, stream: object) -> bool:
+    def _send_stream(self, exchange: Exchange, stream: object, deadline: float | None) -> bool:
         assert isinstance(stream, Stream)
         try:
-            return self.transport.send_body(exchange.stream, stream.chunks())
+            return self.transport.send_body(exchange.stream, stream.chunks(), deadline)
         except Closed:
             raise
         except BaseException as error:
             self._give_up(exchange, error)
             raise
 
-    def _begin(self, exchange: Exchange, headers: Sequence[tuple[str, str]], *, end: bool = False) -> None:
+    def _begin(
+        self, exchange: Exchange, headers: Sequence[tuple[str, str]], *, end: bool = False, deadline: float | None = None
+    ) -> None:
+        """Open a stream. Raises `Unreachable(sent=False)`, also where `deadline` passes before there is one."""
         transport = self.transport
-        while not self._slots.acquire(timeout=1.0):
+        while not self._slots.acquire(timeout=1.0 if deadline is None else max(0.0, min(1.0, deadline - time.monotonic()))):
             if transport.closed is not None:
                 raise self._not_sent()
-        with transport.lock:
-            if transport.closed is not None or self._connection.goaway is not None:
-                self._slots.release()
-                raise self._not_sent()
-            exchange.stream = self._connection.open(headers, end=end)
-            self._exchanges[exchange.stream] = exchange
-            transport.flush()
+            if deadline is not None and time.monotonic() >= deadline:
+                raise Unreachable(self.address, f"{MAX_STREAMS - 1} large calls are under way on the connection", sent=False)
+        try:
+            with transport.lock:
+                if transport.closed is not None or self._connection.goaway is not None:
+                    raise self._not_sent()
+                exchange.stream = self._connection.open(headers, end=end)
+                self._exchanges[exchange.stream] = exchange
+                transport.flush()
+        except ConnectionFailed as error:
+            self._slots.release()
+            raise Unreachable(self.address, str(error), sent=False) from error
+        except BaseException:
+            self._slots.release()
+            raise
 
     def stream(self, method: str, encoded: Encoded, timeout: float) -> ItemStream:
         """Call a generator method."""
@@ -244,11 +256,21 @@ class ClientConnection:
                 return
             if self._pendings.pop(pending.number, None) is not None:
                 data = self._connection.message(CANCEL, pending.number, 0, ())
-                if data is not None:  # Else the far side is so busy that it will answer before it reads this.
+                if data is not None:
                     self.transport.send_now(data)
-        exchange = next((found for found in self._exchanges.values() if found.pending is pending), None)
+                else:
+                    self._reactor.execute(lambda: self._send_cancel(pending.number))
+        exchange = next((found for found in list(self._exchanges.values()) if found.pending is pending), None)
         if exchange is not None:
             self._give_up(exchange, None)
+        else:
+            self.transport.interrupt(pending)
+
+    def _send_cancel(self, number: int) -> None:
+        try:
+            self.transport.send_message(CANCEL, number, ())
+        except Closed:
+            pass  # Nobody runs it any more.
 
     def _give_up(self, exchange: Exchange, error: BaseException | None) -> None:
         self._drop(exchange)
@@ -258,6 +280,12 @@ class ClientConnection:
                 self.transport.flush()
         if exchange.inbox is not None:
             exchange.inbox.end(error)
+        self.transport.interrupt(exchange.pending)
+
+    def abandon(self, exchange: Exchange) -> None:
+        """Nobody wants the rest of `exchange`. Harmless where it has ended."""
+        if exchange.stream in self._exchanges:
+            self._give_up(exchange, None)
 
     def _drop(self, exchange: Exchange) -> bool:
         if self._exchanges.pop(exchange.stream, None) is None:
@@ -342,6 +370,7 @@ class ClientConnection:
                 self._begin(exchange, headers, end=True)
             except Unreachable as error:
                 self._finish(pending, _raiser(Unreachable(self.address, error.reason, sent=True)))
+                self.transport.interrupt(pending)
 
         if self._slots.acquire(blocking=False):
             self._slots.release()
@@ -408,7 +437,7 @@ class ClientConnection:
         for stream, exchange in list(self._exchanges.items()):
             if stream > event.last:
                 self._end_exchange(exchange, _raiser(Unreachable(self.address, reason, sent=False)))
-        if event.code:
+        if event.code or self._connection.channel > event.last:
             self.transport.fail(Closed(f"the peer closed the connection: {reason} (HTTP/2 code {event.code})"))
 
     def on_closed(self, closed: Closed) -> None:
@@ -464,7 +493,7 @@ class ClientConnection:
             pending.wake()  # First: a thread that reads in order to get this reply must not go on reading.
             self._reactor.execute(lambda: call.complete(outcome))
         else:
-            call.complete(outcome)
+            call.complete(outcome, self._reactor.execute)
             pending.wake()
 
     def _result_outcome(self, body: bytes) -> Outcome:
@@ -494,9 +523,13 @@ def copy_into(body: Body, data: bytes | bytearray) -> None:
 
 def _raiser(error: BaseException) -> Outcome:
     def outcome() -> Any:
-        raise error
+        raise error.with_traceback(None)  # One error may be that of many calls: let it not grow with each.
 
     return outcome
+
+
+def _deadline(timeout: float) -> float | None:
+    return time.monotonic() + timeout if timeout else None
 
 
 def _error_of(outcome: Outcome | None) -> BaseException | None:
@@ -526,7 +559,7 @@ class ItemStream(Iterator[Any]):
         self._exchange = exchange
         self._items = Items()
         self._ready: list[Body] = []
-        self._deadline = time.monotonic() + timeout if timeout else None
+        self._deadline = _deadline(timeout)
         self._timeout = timeout
         self._over = False
 
@@ -546,6 +579,8 @@ class ItemStream(Iterator[Any]):
                 raise
             if chunk is None:
                 self._over = True
+                if self._items.partial:
+                    raise Unreachable(self._connection.address, "the items were cut short", sent=True)
             else:
                 self._ready.extend(self._items.feed(chunk))
         if not self._ready:
@@ -572,8 +607,7 @@ class ItemStream(Iterator[Any]):
         """Close the generator on the far side; further iteration ends. Idempotent."""
         self._over = True
         self._ready.clear()
-        if self._exchange.stream in self._connection._exchanges:
-            self._connection._give_up(self._exchange, None)
+        self._connection.abandon(self._exchange)
 
     def __enter__(self) -> ItemStream:
         return self
@@ -582,8 +616,9 @@ class ItemStream(Iterator[Any]):
         self.close()
 
     def __del__(self) -> None:
-        if not self._over:
-            self.close()
+        if not self._over:  # Not here: this may be the garbage collector, on a thread that holds the transport's lock.
+            connection, exchange = self._connection, self._exchange
+            connection._reactor.execute(lambda: connection.abandon(exchange))
 
 
 class Client:
@@ -662,10 +697,14 @@ class Client:
         if connection is None or not connection.usable:
             connection = self.connection(timeout)
         pending = connection.start(method, encoded, timeout or 0.0, None)
-        if deadline is None:
-            connection.transport.round_trip(pending)
-        else:
-            connection.transport.wait(pending, deadline)
+        try:
+            if deadline is None:
+                connection.transport.round_trip(pending)
+            else:
+                connection.transport.wait(pending, deadline)
+        except BaseException:  # Ctrl-C: nobody waits for it any more.
+            connection.cancel(pending)
+            raise
         body = pending.body
         if body is not None:
             return self.codec.decode(*parse_result(body))
@@ -688,9 +727,8 @@ class Client:
 
             def expire() -> None:
                 if not pending.done:
+                    call.complete(_raiser(error), self._reactor.execute)
                     connection.cancel(pending)
-                    call.complete(_raiser(error))
-                    pending.wake()
 
             timer = self._reactor.call_later(timeout, expire)
             if pending.done:

@@ -161,12 +161,15 @@ class Watch:
     def arm(self, events: int = READ) -> None:
         """Call back once, when any of `events` (`READ | WRITE`) is ready. Replaces what was armed before."""
         if not self.closed:
-            self._reactor._poller.arm(self.fd, events)
+            try:
+                self._reactor._poller.arm(self.fd, events)
+            except (OSError, ValueError):
+                if not self._reactor.closed:  # Nobody would call back.
+                    raise
 
     def disarm(self) -> None:
         """Stay silent. A callback that a worker has already been woken for may still run."""
-        if not self.closed:
-            self._reactor._poller.arm(self.fd, 0)
+        self.arm(0)
 
     def close(self) -> None:
         """Forget the descriptor, *before* the caller closes it. Idempotent."""
@@ -176,7 +179,11 @@ class Watch:
             self.closed = True
             if self._reactor._watches.get(self.fd) is self:
                 del self._reactor._watches[self.fd]
-                self._reactor._poller.remove(self.fd)
+                try:
+                    self._reactor._poller.remove(self.fd)
+                except (OSError, ValueError):
+                    if not self._reactor.closed:
+                        raise
 
 
 class Timer:
@@ -207,12 +214,9 @@ class Worker(threading.Thread):
     def run(self) -> None:
         reactor = self._reactor
         _current.worker = self
-        while True:
+        while not reactor.closed:
             self.busy = False
-            try:
-                ready = reactor._poller.wait()
-            except (OSError, ValueError):
-                return  # The poller was closed.
+            ready = reactor._poller.wait()
             self.slow = False
             self.turn += 1
             self.busy = True
@@ -232,6 +236,7 @@ class Worker(threading.Thread):
                 report_bug("a reactor callback")
             if self.slow and reactor._retire(self):
                 return
+        reactor._leave(self)
 
 
 class _Current(threading.local):
@@ -254,6 +259,8 @@ def enter(stealable: Stealable) -> Worker | None:
     if worker is not None:
         worker.turn += 1
         worker.holding.append(stealable)
+        if worker._reactor._asleep:  # It found us slow in something else, and went to sleep over it.
+            worker._reactor._wake_monitor()
     return worker
 
 
@@ -339,14 +346,27 @@ class Reactor:
 
     def close(self) -> None:
         """Stop all threads that are idle; busy ones end with their callback. Only tests and a fork need it."""
-        self.closed = True
+        with self._lock:
+            if self.closed:
+                return
+            self.closed = True
+            if not self._workers:
+                self._release()
         self._wake_monitor()
-        try:
-            while True:
-                os.write(self._wake_write, b"x" * 4096)
-        except (BlockingIOError, OSError):
-            pass
+        self._wake()  # One worker; each that leaves wakes the next.
+
+    def _leave(self, worker: Worker) -> None:
+        """The reactor is closed, and `worker` ends: the last one clears up."""
+        with self._lock:
+            self._workers.discard(worker)
+            if not self._workers:
+                self._release()
+
+    def _release(self) -> None:
         self._poller.close()
+        fds, self._wake_fd, self._wake_write = (self._wake_fd, self._wake_write), -1, -1
+        for fd in fds:
+            os.close(fd)
 
     # -- The threads -------------------------------------------------------------------------------------------------
 
@@ -360,7 +380,7 @@ class Reactor:
                 self._add_worker()
 
     def _add_worker(self) -> None:
-        if len(self._workers) < self._max_workers:
+        if len(self._workers) < self._max_workers and not self.closed:
             worker = Worker(self, f"bigmachine-{next(self._names)}")
             self._workers.add(worker)
             worker.start()
@@ -378,8 +398,15 @@ class Reactor:
             os.write(self._wake_write, b"x")
         except BlockingIOError:
             pass  # The pipe is full: it will wake somebody anyway.
+        except OSError:
+            if not self.closed:
+                raise
 
     def _run_job(self) -> None:
+        if self.closed:
+            self._poller.arm(self._wake_fd, READ)  # The pipe keeps what woke us, for the next one.
+            self._wake()
+            return
         try:
             os.read(self._wake_fd, 4096)
         except BlockingIOError:
@@ -388,9 +415,7 @@ class Reactor:
             job = self._jobs.popleft()
         except IndexError:
             job = None
-        if self.closed:
-            return
-        if self._jobs:
+        if self._jobs or self.closed:
             self._wake()
         self._poller.arm(self._wake_fd, READ)
         if job is not None:

@@ -117,15 +117,22 @@ class ServerConnection:
         """Run what has arrived, and write the answers. False where the role was lost."""
         inbox = self._inbox
         while inbox:
-            _, number, body = inbox.popleft()
+            try:
+                _, number, body = inbox.popleft()
+            except IndexError:
+                break  # The connection has ended in the meantime.
             if not self._run(number, body):
                 return False
+        self._acknowledge()
+        return True
+
+    def _acknowledge(self) -> None:
+        """All calls that have arrived are running, or have run: let the client send more. By the holder of the role."""
         connection = self._connection
         if connection.messages_size >= channel.SMALL:
             with self.transport.lock:
                 size, connection.messages_size = connection.messages_size, 0
                 connection.consumed(connection.channel, size)
-        return True
 
     def steal(self) -> None:
         """The method that runs on this connection's reader is slow: somebody else goes on (see `reactor.Stealable`)."""
@@ -133,6 +140,7 @@ class ServerConnection:
             self._flush()
             self._server.reactor.execute(self._go_on)
         else:
+            self._acknowledge()
             self.transport.release()
 
     def _flush(self) -> None:
@@ -387,10 +395,12 @@ class ServerConnection:
             request = _Request(event.stream, method, CallContext(method.name, self._caller_name, deadline), headers)
             if request.content_type not in (JSON, PICKLE):
                 raise BadArguments(name, f"content-type {request.content_type!r}: use {JSON} or {PICKLE}")
-            if "bigm-layout" in headers:
-                request.body = Body(parse_layout(headers["bigm-layout"]))
-            elif request.content_type == PICKLE and "bigm-stream" in headers:
-                raise BadArguments(name, "a stream argument needs a bigm-layout")
+            if request.content_type == PICKLE:
+                if "bigm-layout" in headers:
+                    request.body = Body(parse_layout(headers["bigm-layout"]))
+                    _check_kind(method, request.accept)
+                elif "bigm-stream" in headers:
+                    raise BadArguments(name, "a stream argument needs a bigm-layout")
         except CallRefused as error:
             self._respond_text(event.stream, error.status, error.reason)
         except MemoryError:
@@ -399,7 +409,7 @@ class ServerConnection:
             self._respond_text(event.stream, 400, f"malformed header: {error}")
         else:
             self._requests[event.stream] = request
-            if "bigm-stream" in headers:
+            if "bigm-stream" in headers and request.body is not None:
                 request.inbox = Inbox(lambda size: self._consumed(event.stream, size))
             if request.body is not None:
                 with self.transport.lock:
@@ -441,8 +451,7 @@ class ServerConnection:
         elif type(event) is Ended:
             if request.inbox is not None:
                 request.inbox.end()
-            else:
-                self._start(request)
+            self._start(request)
         elif type(event) is Reset:
             self._drop(request, ConnectionError(f"{self.caller} gave the call up"))
 
@@ -650,6 +659,15 @@ class ServerConnection:
             pass  # The client has gone: nobody is waiting for it.
 
 
+def _check_kind(method: Method, accept: str) -> None:
+    """Our own clients say whether they iterate: tell them apart from those who only hold the wrong end."""
+    yields = method.kind is Kind.GENERATOR or method.kind is Kind.ASYNC_GENERATOR
+    if yields and not accept:
+        raise BadArguments(method.name, "it yields: call it with `stream`")
+    if accept == ITEMS and not yields:
+        raise BadArguments(method.name, "it does not yield: call it with `call` or `submit`")
+
+
 def _items_type(request: _Request, raw: bool) -> str:
     if raw:
         return BYTES
@@ -758,7 +776,10 @@ class Server:
         connection = ServerConnection(sock, caller, self)
         with self._lock:
             self._connections.add(connection)
+            closed = self._closed
         connection.transport.start()
+        if closed:
+            connection.transport.fail(Closed("the server is closed"))
 
     def event_loop(self) -> EventLoop:
         """The loop that runs `async def` methods."""
@@ -789,6 +810,8 @@ class Server:
             event_loop = self._event_loop
         for handshake in handshakes:
             handshake.end("the server is closed")
+        if event_loop is not None:
+            event_loop.close()
         for connection in self._all():
             if abort:
                 connection.transport.abort()

@@ -216,13 +216,13 @@ class Transport:
         elif not self._lingering:
             self._linger()
 
-    def send_message(self, kind: int, number: int, parts: tuple[Bytes, ...]) -> None:
+    def send_message(self, kind: int, number: int, parts: tuple[Bytes, ...], deadline: float | None = None) -> None:
         """Send a message of the channel, blocking until its window has room for all of it: pieces of messages must not mix.
 
-        Must not be called by the holder of the role. Raises `Closed`.
+        Must not be called by the holder of the role. Gives up at `deadline` (monotonic). Raises `Closed`.
         """
         size = sum(map(len, parts))
-        while True:
+        while deadline is None or time.monotonic() < deadline:
             waiter = Waiter()
             with self.lock:
                 if self.closed is not None:
@@ -233,7 +233,8 @@ class Transport:
                     return
                 self._writers.append(waiter)
                 self.flush()
-            if not self.wait(waiter, time.monotonic() + SEND_STALL):
+            until = time.monotonic() + SEND_STALL
+            if not self.wait(waiter, until if deadline is None else min(until, deadline)) and time.monotonic() >= until:
                 self.fail(Closed(f"the peer has not opened the window of the call channel for {SEND_STALL:g} s"))
 
     def _linger(self) -> None:

@@ -36,7 +36,8 @@ class LocalHost:
         return [0] if fd is None else [0, fd]
 
     def exit(self, reason: str) -> NoReturn:
-        """See `system.Host`."""
+        """See `system.Host`. The reason is for the launcher, who reads it."""
+        sys.stderr.write(f"{reason}\n")
         sys.stderr.flush()
         os._exit(0)
 

@@ -43,7 +43,7 @@ class Supervisor:
         self._watchdog = Watchdog(time.monotonic(), lease, FIRST_CONTACT)
         self._lock = threading.Lock()
         self._ending = False
-        self._killed = False
+        self._alone = False  # Nobody will hang up, whatever connections seem to be open.
         self._ended = threading.Event()
         self.reason = ""
         service = SupervisorService(machine, workers, lambda: self._server.stats, self._renew, self.end)
@@ -97,13 +97,13 @@ class Supervisor:
             return
         self.reason = reason
         if orphan:
+            self._alone = True
             self._workers.discard()
         self._workers.stop(grace)
         self._ended.set()
 
     def kill(self) -> None:
         """As a power cut would: for the test system."""
-        self._killed = True
         self._door.close()
         self._server.close(abort=True)
         self.end("it was killed", 0.0, orphan=True)
@@ -113,7 +113,7 @@ class Supervisor:
         self._ended.wait()
         self._door.close()
         deadline = time.monotonic() + LINGER
-        while not self._killed and self._server.connections and time.monotonic() < deadline:
+        while not self._alone and self._server.connections and time.monotonic() < deadline:
             time.sleep(0.01)  # The driver hangs up when it has read everything.
         self._server.close(f"machine {self._machine} has ended: {self.reason}")
         return self.reason

@@ -251,6 +251,8 @@ class LocalLauncher:
             for line in stderr:
                 child.said.append(line.rstrip("\n"))
         child.exited.wait()
+        if child.said:
+            child.reason = f"{child.reason}: {child.said[-1]}"
         if child.pid:
             _kill_session(child.pid)
         with self._lock:
