@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from . import errors as errors
     from .driver import start_bare as start
     from .errors import BigmachineError as BigmachineError
+    from .info import VERSION as __version__
     from .machine import Machine as Machine
     from .rpc.calls import Call as Call
     from .rpc.methods import CallContext as CallContext
@@ -45,9 +46,8 @@ if TYPE_CHECKING:
     def call_context() -> CallContext: ...
 
 
-__version__ = "0.1.0"
-
 _WHERE = {
+    "__version__": ("info", "VERSION"),
     "BigmachineError": ("errors", "BigmachineError"),
     "Call": ("rpc.calls", "Call"),
     "CallContext": ("rpc.methods", "CallContext"),

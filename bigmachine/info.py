@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import platform
+import os
 import sys
 from dataclasses import dataclass
+
+VERSION = "0.1.0"
+"""Of this package."""
 
 
 @dataclass(frozen=True)
@@ -59,5 +62,5 @@ def python_version() -> str:
 
 def platform_name() -> str:
     """``linux/amd64``, ``darwin/arm64``, …"""
-    machine = platform.machine().lower()
+    machine = os.uname().machine.lower()
     return f"{sys.platform}/{ {'x86_64': 'amd64', 'aarch64': 'arm64'}.get(machine, machine) }"

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from .address import format_address
 from .credentials import Credentials
 
 ENTRY_POINTS = "bigmachine.systems"
@@ -97,18 +98,3 @@ class Host(Protocol):
 
     def exit(self, reason: str) -> None:
         """End the machine: after this the supervisor has nothing left to do. Does not return on a real one."""
-
-
-def format_address(host: str, port: int, id: str) -> str:
-    """See `Launched.address`."""
-    return f"https://{f'[{host}]' if ':' in host else host}:{port}/{id}/"
-
-
-def parse_address(address: str) -> tuple[str, int, str]:
-    """(host, port, machine id). Raises ValueError with the address in its text."""
-    scheme, _, rest = address.partition("://")
-    place, _, id = rest.rstrip("/").partition("/")
-    host, _, port = place.rpartition(":")
-    if scheme != "https" or not host or not port.isdigit() or not id:
-        raise ValueError(f"not a machine's address: {address!r}; one looks like https://localhost:42409/m-7f3a9c/")
-    return host.strip("[]"), int(port), id

@@ -25,9 +25,9 @@ import pytest
 
 import bigmachine
 import bigmachine.rpc
+from bigmachine.address import parse_address
 from bigmachine.authority import Authority
 from bigmachine.credentials import Credentials, Role
-from bigmachine.system import parse_address
 from bigmachine.testing import TestSystem
 
 ROOT = Path(__file__).parent.parent

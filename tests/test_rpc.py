@@ -25,6 +25,7 @@ import h2.connection
 import h2.events
 import numpy as np
 import pytest
+from rpc_pair import CLIENT_CONTEXT, DRIVER, MACHINE, NAME, SERVER_CONTEXT, SOON, Listener, Pair, until
 
 from bigmachine.authority import Authority
 from bigmachine.credentials import Credentials, Role, client_context
@@ -36,8 +37,8 @@ from bigmachine.errors import (
     Forbidden,
     NotPicklable,
     RemoteError,
-    Unreachable,
     UnknownMethod,
+    Unreachable,
     UsageError,
 )
 from bigmachine.rpc import server as server_module
@@ -49,8 +50,6 @@ from bigmachine.rpc.methods import call_context
 from bigmachine.rpc.reactor import Reactor
 from bigmachine.rpc.streams import Stream
 from bigmachine.rpc.transport import OUTBOX_HIGH
-
-from rpc_pair import AUTHORITY, CLIENT_CONTEXT, DRIVER, MACHINE, NAME, SERVER_CONTEXT, SOON, Listener, Pair, until
 
 LARGE = 8 << 20
 
@@ -86,14 +85,12 @@ class Service:
         self.most_running = 0
         self.other: Client | None = None
 
-    def note(self, what: str) -> None:
+    def _note(self, what: str) -> None:
         with self.changed:
             self.ended.append(what)
             self.changed.notify_all()
 
-    note.__name__ = "_note"  # Not to be called from elsewhere, but harmless.
-
-    def wait_for_note(self, what: str) -> None:
+    def _wait_for_note(self, what: str) -> None:
         with self.changed:
             assert self.changed.wait_for(lambda: what in self.ended, SOON), self.ended
 
@@ -131,7 +128,7 @@ class Service:
         deadline = time.monotonic() + SOON
         while not call_context().cancelled and time.monotonic() < deadline:
             time.sleep(0.001)
-        self.note("saw it" if call_context().cancelled else "never")
+        self._note("saw it" if call_context().cancelled else "never")
 
     def hold(self, data: Any) -> int:
         self.started.release()
@@ -154,7 +151,7 @@ class Service:
     def gated_wait(self) -> None:
         self.started.release()
         self.go_on.wait(SOON)
-        self.note("gated")
+        self._note("gated")
 
     def make(self, n: int) -> bytes:
         return bytes(n)
@@ -188,7 +185,7 @@ class Service:
         try:
             await asyncio.sleep(SOON)
         except asyncio.CancelledError:
-            self.note("cancelled")
+            self._note("cancelled")
             raise
 
     async def async_context(self) -> str:
@@ -216,7 +213,7 @@ class Service:
                     self.changed.notify_all()
                 yield bytes([i % 256]) * size
         finally:
-            self.note("closed")
+            self._note("closed")
 
     def two_then_fail(self) -> Iterator[int]:
         yield 1
@@ -251,10 +248,10 @@ class Service:
             await asyncio.sleep(SOON)
             yield 2
         except asyncio.CancelledError:
-            self.note("cancelled")
+            self._note("cancelled")
             raise
         except GeneratorExit:
-            self.note("generator exit")
+            self._note("generator exit")
             raise
 
     async def async_timeouts(self) -> AsyncIterator[int]:
@@ -285,7 +282,7 @@ class Service:
         try:
             file.read()
         except OSError as error:
-            self.note(type(error).__name__)
+            self._note(type(error).__name__)
             raise
 
     def ignore(self, file: IO[bytes]) -> str:
@@ -534,7 +531,7 @@ def test_long_name(pair: Pair) -> None:
 
 @pytest.mark.parametrize("padding", [b"", bytes(100_000)])
 def test_bad_arguments_say_the_signature(pair: Pair, padding: bytes) -> None:
-    with pytest.raises(BadArguments, match=r"its signature is \(a: int, b: int\) -> int") as failure:
+    with pytest.raises(BadArguments, match=r"its signature is \(a: 'int', b: 'int'\) -> 'int'") as failure:
         pair.call("add", padding)
     assert failure.value.method == "T.add"
     with pytest.raises(BadArguments, match="'c'"):
@@ -661,7 +658,7 @@ def test_source_that_raises(pair: Pair, service: Service) -> None:
 
     with pytest.raises(Custom, match="no more"):
         pair.call("read_error", Stream(source()))
-    service.wait_for_note("ConnectionError")
+    service._wait_for_note("ConnectionError")
     assert pair.call("add", 1, 2) == 3
 
 
@@ -746,7 +743,7 @@ def test_consumer_that_stops_stops_the_producer(pair: Pair, service: Service) ->
         for i in range(1, 100):
             assert next(stream)[0] == i % 256
         assert service.produced > ahead
-    service.wait_for_note("closed")
+    service._wait_for_note("closed")
     assert service.produced < 1000
 
 
@@ -781,7 +778,7 @@ def test_closing_the_iterator_closes_the_generator(pair: Pair, service: Service,
         cycle.append(cycle)  # type: ignore[arg-type]
         del stream, cycle
         gc.collect()
-    service.wait_for_note("closed")
+    service._wait_for_note("closed")
     assert pair.call("add", 1, 2) == 3
 
 
@@ -789,7 +786,7 @@ def test_closing_the_iterator_of_an_async_generator(pair: Pair, service: Service
     stream = pair.stream("async_forever")
     assert next(stream) == 1
     stream.close()  # It waits for what will not come: a cancellation is what reaches it.
-    service.wait_for_note("cancelled")
+    service._wait_for_note("cancelled")
 
 
 def test_close_from_another_thread_ends_the_iteration(pair: Pair, service: Service) -> None:
@@ -858,14 +855,14 @@ def test_cancel_of_a_running_plain_call(pair: Pair, service: Service) -> None:
     assert call.cancel()
     with pytest.raises(concurrent.futures.CancelledError):
         call.result(SOON)
-    service.wait_for_note("saw it")
+    service._wait_for_note("saw it")
 
 
 def test_cancel_of_a_running_async_call(pair: Pair, service: Service) -> None:
     call = pair.submit("async_wait")
     assert service.started.acquire(timeout=SOON)
     assert call.cancel()
-    service.wait_for_note("cancelled")
+    service._wait_for_note("cancelled")
     assert pair.call("add", 1, 2) == 3
 
 
@@ -876,7 +873,7 @@ def test_cancel_of_a_large_async_call(pair: Pair, service: Service) -> None:
     call = pair.submit("large_wait", bytes(100_000))
     assert service.started.acquire(timeout=SOON)
     assert call.cancel()
-    service.wait_for_note("cancelled")
+    service._wait_for_note("cancelled")
 
 
 def _ignoring(function: Any) -> Any:
@@ -957,10 +954,10 @@ def test_timeout(pair: Pair, service: Service, padding: tuple[bytes, ...]) -> No
 def test_timeout_cancels_there(pair: Pair, service: Service) -> None:
     with pytest.raises(CallTimeout):
         pair.call("watch_cancellation", timeout=0.05)
-    service.wait_for_note("saw it")
+    service._wait_for_note("saw it")
     with pytest.raises(CallTimeout):
         pair.call("async_wait", timeout=0.05)
-    service.wait_for_note("cancelled")
+    service._wait_for_note("cancelled")
 
 
 def test_deadline_crosses_the_wire(pair: Pair) -> None:
@@ -982,7 +979,7 @@ def test_end_of_the_connection_cancels(pair: Pair, service: Service) -> None:
     next(stream)
     client.close("enough")
     for note in ("saw it", "cancelled", "closed"):
-        service.wait_for_note(note)
+        service._wait_for_note(note)
     with pytest.raises(Unreachable, match="enough"):
         list(stream)
 
@@ -1536,7 +1533,7 @@ def test_json_errors(foreign: Foreign) -> None:
     assert foreign.json("fail", ["why"]) == ("590", {"error": {"type": "Custom", "message": "why"}})
     status, text = foreign.json("add", [1])
     assert status == "400"
-    assert "its signature is (a: int, b: int) -> int" in text
+    assert "its signature is (a: 'int', b: 'int') -> 'int'" in text
     status, text = foreign.json("nothing", [])
     assert status == "404"
     assert "it has T.add" in text

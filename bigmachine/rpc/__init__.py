@@ -34,7 +34,9 @@ request header
                           such header: never
 ``bigm-stream``           any value: what follows the parts that `bigm-layout` announces, up to the end of the request, are
                           the bytes of the call's one `Stream` argument. Only in the pickle form
-``accept``                ``application/octet-stream``: a generator's items are sent as bytes. Other values are ignored
+``accept``                ``application/octet-stream``: a generator's items are sent as bytes. A request with a `bigm-layout`
+                          that calls a generator must have this or ``application/x-bigmachine-items``, and only such a one
+                          may have the latter: 400
 ========================  ============================================================================================
 
 *Pickle form.* The body is the pickle (protocol 5) of ``(args, kwargs)``, a tuple and a dict, followed by its out-of-band
@@ -101,19 +103,20 @@ are arguments of more than 64 KiB or 255 buffers, `Stream` arguments, and genera
 once; its response is the pickle form's, but for ``content-type: application/octet-stream``. 404: there is no such reply (it was
 collected, or the call was cancelled). The end of either direction of the channel ends the connection.
 
+A method's name has at most 255 bytes there.
+
 Cancellation, deadlines, the end
 --------------------------------
 The caller cancels with ``RST_STREAM`` (any code), on the channel with ``CANCEL``; the end of a connection cancels all its
 calls. An ``async def`` method is then cancelled, a generator is closed at its next item, a plain method sees
 ``call_context().cancelled``, and reading a `Stream` argument raises OSError. No answer is sent.
 
-A deadline runs at both ends, each by its own clock. The caller stops waiting, and cancels. On the far side an ``async def``
-method is cancelled (its answer is a ``TimeoutError``), and a plain one sees ``call_context().cancelled``; its answer is sent
-whenever it returns. A generator is closed at its next item; its response then ends without a trailer, as if it were whole: the
-caller has to look at his clock.
+A deadline runs at both ends, each by its own clock. The caller stops waiting, and cancels; a generator runs on until then. On
+the far side `call_context` counts, and an ``async def`` method is cancelled shortly after, where the caller has not done it: its
+answer is a ``TimeoutError``. A plain method that returns too late is answered for all the same.
 
 ``GOAWAY`` with code 0 announces the end: new calls need a new connection, streams above its last one did not run, others may
-still be answered. With another code, or at the end of TCP, whatever was under way may or may not have run.
+still be answered (where the call channel is one above, the connection is over). With another code, or at the end of TCP, whatever was under way may or may not have run.
 ``RST_STREAM(REFUSED_STREAM)`` says that it did not.
 
 Flow control and limits

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import pickletools
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -372,6 +371,8 @@ _NOTHING = object()
 
 def _names(data: bytes) -> Iterator[tuple[str, str]]:
     """The (module, qualified name) pairs that a pickle imports, in its order."""
+    import pickletools  # 2 ms, for an error message.
+
     memo: dict[Any, Any] = {}
     below = top = None  # Of the stack, as far as it matters: two strings, and then the opcode that pops them.
     for opcode, argument, _ in pickletools.genops(data):

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
-import platform
 import socket
 import threading
 from collections.abc import Callable, Iterator
 
-from .. import __version__
-from ..info import DiskInfo, Info, LoadInfo, MemInfo, platform_name, python_version
+from ..info import VERSION, DiskInfo, Info, LoadInfo, MemInfo, platform_name, python_version
 from ..rpc.methods import call_context
 from ..rpc.stats import MethodStats, Stats
 from .workers import Event, Workers
@@ -54,8 +52,8 @@ class SupervisorService:
             pid=os.getpid(),
             maxprocs=self._workers.maxprocs,
             python=python_version(),
-            platform=f"{platform_name()} {platform.release()}",
-            version=__version__,
+            platform=f"{platform_name()} {os.uname().release}",
+            version=VERSION,
         )
 
     def await_ready(self, timeout: float) -> None:

@@ -28,6 +28,7 @@ from typing import Any
 import psutil
 import pytest
 
+from ..address import parse_address
 from ..authority import Authority
 from ..credentials import Credentials, Role, client_context, server_name
 from ..errors import (
@@ -51,7 +52,7 @@ from ..rpc.streams import Stream
 from ..session import Fleet, Session
 from ..state import State
 from ..supervisor.service import OWNER_ONLY
-from ..system import Launcher, parse_address
+from ..system import Launcher
 from .services import BadSetup, Bomb, Meeting, Probe, Trouble
 
 SOON = 5.0
