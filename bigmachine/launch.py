@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 from .authority import Authority
 from .credentials import Role, client_context
 from .errors import UsageError
+from .fleet import Fleet
 from .machine import Network
 from .rpc.codec import Codec
 from .rpc.reactor import reactor
 from .rpc.streams import Stream
-from .session import Fleet, Session
+from .session import Session
 from .system import ENTRY_POINTS, Launcher, Program
 
 SYSTEMS = {"local": "bigmachine.systems.local:LocalLauncher", "test": "bigmachine.systems.inprocess:TestLauncher"}
@@ -73,7 +74,7 @@ def open_session(
     authority = Authority(name)
     credentials = authority.issue(Role.DRIVER, name)
     network = Network(lambda: client_context(credentials), Codec(main_names, Stream), reactor())
-    return Session(network, fleet=Fleet(launcher, authority, program))
+    return Session(network, fleet=Fleet(launcher, authority, program, network))
 
 
 class Command(NamedTuple):

@@ -1,56 +1,20 @@
-"""A session: the handle on bigmachine. The driver's starts machines and ends them; a service's dials them."""
+"""A session: the handle on bigmachine. The driver's starts machines and ends them; a service's dials them.
+
+What it takes to own machines (`fleet`) is not imported here: a service's process has no use for it.
+"""
 
 from __future__ import annotations
 
-import secrets
 import sys
 import threading
-import time
-from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from .boot import Boot, Services
-from .credentials import Credentials, Role
-from .errors import BigmachineError, MachineStopped, Unreachable, UsageError
-from .keepalive import LEASE, Keepalive
+from .errors import UsageError
 from .machine import Machine, Network
-from .rpc.calls import Call
-from .rpc.streams import pack_item
-from .services import check_services, parallel_methods
-from .state import State
-from .system import Launcher, Order, Program
 
-GRACE = 3.0
-"""Seconds that services have between SIGTERM and SIGKILL when a machine is shut down."""
-
-GIVE_UP = 10.0
-"""Seconds after `GRACE` in which a machine that was asked to end must have done so; then its system ends it."""
-
-MAX_LINE = 1 << 20
-"""Bytes of a machine's output without an end of line that are held back: so as to keep lines whole, not to keep a memory."""
-
-READ_ON = 0.5
-"""Seconds in which a machine that is gone is still read: it may have said why. Shorter than `machine.EXPLAIN_WITHIN`."""
-
-TAIL = 40
-"""Lines of a machine's output that are kept for error messages."""
-
-
-class Issuer(Protocol):
-    """Who can make credentials: `authority.Authority`, on the driver."""
-
-    def issue(self, role: Role, name: str) -> Credentials: ...
-
-
-class Fleet:
-    """What a session needs in order to own machines."""
-
-    def __init__(self, launcher: Launcher, issuer: Issuer, program: Program, *, lease: float = LEASE) -> None:
-        self.launcher = launcher
-        self.issuer = issuer
-        self.program = program
-        self.lease = lease
+if TYPE_CHECKING:
+    from .fleet import Fleet, Owned
 
 
 class Session:
@@ -67,7 +31,7 @@ class Session:
         self._fleet = fleet
         self._output = output
         self._lock = threading.Lock()
-        self._owned: list[_Owned] = []
+        self._owned: list[Owned] = []
         self._dialled: dict[str, Machine] = {}
         self._closed = False
 
@@ -87,33 +51,15 @@ class Session:
         program is executed there. The objects are copied to every machine (and to each process of it, where methods
         are `parallel`); their ``setup(b)`` runs there. Raises `NotPicklable`, `UsageError`.
         """
-        fleet = self._fleet
-        if fleet is None:
+        if self._fleet is None:
             raise UsageError("machines are started by the driver; a service can only dial them")
-        if n < 1:
-            raise UsageError(f"cannot start {n} machines")
-        check_services(services)
-        encoded = Services(self._encode(services), parallel_methods(services))
-        program = _with(fleet.program, environ or {}, args)
         with self._lock:
             if self._closed:
                 raise UsageError("the session has been shut down")
-            owned = [_Owned(self._new_id(), self._network, fleet, self._write, encoded) for _ in range(n)]
-            self._owned.extend(owned)
-        threading.Thread(target=_launch, args=(fleet, program, owned), name="bigmachine-launch", daemon=True).start()
-        return [each.machine for each in owned]
-
-    def _encode(self, services: Mapping[str, object]) -> bytes:
-        for name, service in services.items():
-            self._network.codec.encode(service, f"service {name!r}")  # So that an error names it.
-        encoded = self._network.codec.encode(dict(services), "the services")
-        return b"".join(pack_item(encoded.pickle, encoded.buffers))
-
-    def _new_id(self) -> str:
-        taken = {owned.machine.id for owned in self._owned}
-        while (id := f"m-{secrets.token_hex(3)}") in taken:
-            pass
-        return id
+            taken = {owned.machine.id for owned in self._owned}
+            new = self._fleet.start(n, services, environ or {}, args, self._write, taken)
+            self._owned.extend(new)
+        return [owned.machine for owned in new]
 
     def dial(self, addr: str) -> Machine:
         """A handle on the machine at `addr`, whoever owns it; the same for the same address. Raises `UsageError` on what
@@ -158,7 +104,7 @@ class Session:
             machine.stopped(None)
             machine.disconnect()
         if self._fleet is not None:
-            self._fleet.launcher.close()
+            self._fleet.close()
 
     def __enter__(self) -> Session:
         return self
@@ -173,245 +119,3 @@ class Session:
             stream.flush()
         except (OSError, ValueError):
             pass  # Nobody reads it any more; that is no reason for the program to fail.
-
-
-def _with(program: Program, environ: Mapping[str, str], args: Sequence[str] | None) -> Program:
-    merged = {**program.environ, **environ}
-    for name, value in merged.items():
-        if not name or "=" in name or "\0" in name + value:
-            raise UsageError(f"not an environment variable: {name!r}")
-    if args is None:
-        return Program(program.argv, merged, program.cwd, program.own_args)
-    kept = program.argv[: len(program.argv) - program.own_args]
-    return Program((*kept, *args), merged, program.cwd, len(args))
-
-
-def _launch(fleet: Fleet, program: Program, owned: Sequence[_Owned]) -> None:
-    """Order the machines, and boot each on a thread of its own."""
-    wanted = [each for each in owned if each.starting()]
-    try:
-        orders = [
-            Order(each.machine.id, fleet.issuer.issue(Role.MACHINE, each.machine.id), program, fleet.lease)
-            for each in wanted
-        ]
-        futures = fleet.launcher.launch(orders) if orders else []
-    except Exception as error:  # A launcher is somebody else's code: whatever it raises, the machines are not to hang.
-        for each in wanted:
-            each.ordered.set()
-            each.lost(error)
-        return
-    for each, future in zip(wanted, futures, strict=True):
-        each.boot(future)
-
-
-class _Owned:
-    """One machine that this session owns: its boot, its keepalive, its output, its end."""
-
-    def __init__(self, id: str, network: Network, fleet: Fleet, write: Any, services: Services) -> None:
-        self.machine = Machine(id, network, owned=True)
-        self.machine.on_end(self.end)
-        self._fleet = fleet
-        self._network = network
-        self._services = services
-        self._write = write
-        self._tail: deque[str] = deque(maxlen=TAIL)
-        self._partial: dict[tuple[int, str], bytes] = {}
-        self._keepalive = Keepalive(network.reactor, self._renew, self._lost_lease, lease=fleet.lease)
-        self._reader: threading.Thread | None = None
-        self._lock = threading.Lock()
-        self._ending = False
-        self._begun = threading.Event()
-        self._finishing = False
-        self._graceful = True
-        self._asked: Call[Any] | None = None
-        self._gone = threading.Event()
-        self.ordered = threading.Event()
-        """The launcher knows of the machine, or never will: from now on its `stop` is effective."""
-
-    # -- Birth -------------------------------------------------------------------------------------------------------
-
-    def starting(self) -> bool:
-        """The machine is about to be ordered. False where it has been ended before that."""
-        with self._lock:
-            if not self._ending:
-                self.machine.starting()
-                return True
-        self.ordered.set()
-        return False
-
-    def boot(self, launched: Any) -> None:
-        """Boot on a thread."""
-        self.ordered.set()
-        boot = Boot(
-            self.machine, launched, self._services, self._connected, self._last_output, decode=self._network.codec
-        )
-        self._fleet.launcher.on_end(self.machine.id, self._vanished)
-        threading.Thread(target=self._boot, args=(boot,), name=f"bigmachine-boot-{self.machine.id}", daemon=True).start()
-
-    def _boot(self, boot: Boot) -> None:
-        try:
-            boot.run()
-        except BaseException as error:  # The machine ends with it, and whoever waits for the machine gets it.
-            self.lost(error)
-            return
-        try:
-            self.machine.running()
-        except BigmachineError:
-            pass  # It was stopped at the last moment.
-
-    def _connected(self) -> None:
-        with self._lock:
-            if self._ending:
-                raise MachineStopped(self.machine.addr, "it was ended while it started")
-            self._keepalive.start()
-            self._reader = threading.Thread(target=self._read, name=f"bigmachine-output-{self.machine.id}", daemon=True)
-            self._reader.start()
-
-    # -- Life --------------------------------------------------------------------------------------------------------
-
-    def _renew(self, lease: float, on_reply: Any) -> None:
-        started = time.monotonic()
-        call: Call[Any] = Call()
-
-        def done(_: object) -> None:
-            error = call.exception()
-            on_reply(time.monotonic() - started if error is None else error)
-            self.machine.keepalive_reply_times = tuple(self._keepalive.reply_times)
-            self.machine.next_keepalive = self._keepalive.next_keepalive
-
-        call.add_done_callback(done)
-        codec = self._network.codec
-        encoded = codec.encode_call("Supervisor.keepalive", (lease,), {})
-        self.machine.supervisor.submit(call, "Supervisor.keepalive", encoded, lease / 4)
-
-    def _lost_lease(self, reason: str) -> None:
-        why = self._fleet.launcher.ended(self.machine.id) or reason
-        self.lost(MachineStopped(self.machine.addr, why, sent=True))
-
-    def _vanished(self, reason: str) -> None:
-        """The system has noticed that the machine is gone. The supervisor may have said why, and it may still be read."""
-
-        def end() -> None:
-            if self._reader is not None:
-                self._reader.join(READ_ON)
-            self.lost(MachineStopped(self.machine.addr, reason, sent=True))
-
-        threading.Thread(target=end, name=f"bigmachine-lost-{self.machine.id}", daemon=True).start()
-
-    def _read(self) -> None:
-        """Write what the machine says, until it has said everything."""
-        machine = self.machine
-        while True:
-            try:
-                with machine.supervisor.stream("Supervisor.events", (), {}, None) as events:
-                    for event in events:
-                        self._on_event(event)
-                break
-            except Unreachable:
-                if self._ending or machine.state is State.STOPPED or not self._retry_reading():
-                    break
-        for key in list(self._partial):
-            self._say(key, b"\n")
-
-    def _retry_reading(self) -> bool:
-        try:
-            self.machine.supervisor.connection(5.0)
-        except Unreachable:
-            return False
-        return True
-
-    def _on_event(self, event: tuple[Any, ...]) -> None:
-        match event:
-            case ("output", int(process), str(stream), bytes(data)):
-                self._say((process, stream), data)
-            case ("log", str(text)):
-                self._say((-1, "log"), f"bigmachine: {text}\n".encode())
-            case ("death", _, _) if self.machine.state < State.RUNNING:
-                pass  # The boot is told as well, and knows at which step it was.
-            case ("death", str(summary), str(last_output)):
-                text = f"{summary}; its last output:\n{last_output.rstrip()}" if last_output.strip() else summary
-                error = MachineStopped(self.machine.addr, text, sent=True)
-                name = f"bigmachine-lost-{self.machine.id}"
-                threading.Thread(target=self.lost, args=(error,), name=name, daemon=True).start()
-
-    def _say(self, source: tuple[int, str], data: bytes) -> None:
-        """Whole lines, each with the machine's address in front."""
-        data = self._partial.pop(source, b"") + data
-        if len(data) > MAX_LINE and b"\n" not in data:
-            data += b"\n"
-        *whole, rest = data.split(b"\n")
-        if rest:
-            self._partial[source] = rest
-        if whole:
-            lines = [line.decode("utf-8", "replace") for line in whole]
-            self._tail.extend(lines)
-            self._write("".join(f"{self.machine.addr}: {line}\n" for line in lines))
-
-    def _last_output(self) -> str:
-        return "\n".join(self._tail) or self._fleet.launcher.console(self.machine.id)
-
-    # -- Death -------------------------------------------------------------------------------------------------------
-
-    def lost(self, error: BaseException) -> None:
-        """The machine is gone, or of no use: calls fail at once; then whatever is left of it is ended."""
-        if self.begin_end(error):
-            self._finish()
-
-    def end(self, graceful: bool) -> None:
-        """Shut the machine down; returns when it is gone and its output is written. Later calls wait for the first."""
-        self.begin_end(None if graceful else MachineStopped(self.machine.addr, "it was cancelled", sent=True), graceful)
-        self._finish()
-
-    def begin_end(self, error: BaseException | None, graceful: bool = True) -> bool:
-        """Fail all calls with `error`, and ask the machine to end; does not wait. False where that has been done."""
-        with self._lock:
-            if self._ending:
-                return False
-            self._ending = True
-            self._graceful = graceful
-        try:
-            self._keepalive.stop()
-            self.machine.stopped(error)
-            if graceful:
-                self._ask_to_end()
-        finally:
-            self._begun.set()
-        return True
-
-    def _ask_to_end(self) -> None:
-        call: Call[Any] = Call()
-        try:
-            supervisor = self.machine.supervisor
-            if supervisor.connected:
-                encoded = self._network.codec.encode_call("Supervisor.shutdown", (GRACE,), {})
-                supervisor.submit(call, "Supervisor.shutdown", encoded, GRACE + GIVE_UP)
-                self._asked = call
-        except (BigmachineError, OSError):
-            pass  # Its system ends it.
-
-    def _finish(self) -> None:
-        """Returns when the machine is gone: by itself, or ended by its system. The first caller sees to it."""
-        with self._lock:
-            first, self._finishing = not self._finishing, True
-        if not first:
-            self._gone.wait()
-            return
-        try:
-            self._begun.wait()
-            self._await_end()
-            self.machine.disconnect()
-            self.ordered.wait(GIVE_UP)
-            self._fleet.launcher.stop(self.machine.id, GIVE_UP if self._graceful else 0.0)
-        finally:
-            self._gone.set()
-
-    def _await_end(self) -> None:
-        """Until the machine has done as it was asked, and its output is written."""
-        try:
-            if self._asked is None or self._asked.exception(GRACE + GIVE_UP + 1.0) is not None:
-                return
-        except TimeoutError:
-            return
-        reader = self._reader
-        if reader is not None and reader is not threading.current_thread():
-            reader.join(GIVE_UP)

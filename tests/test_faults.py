@@ -176,7 +176,7 @@ def test_a_driver_that_is_killed_leaves_nothing(run: Callable[..., Driver], busy
                 time.sleep(0.2)  # They begin to hold it; were they late, the test would only be easier.
             if sys.argv[1] == "forked" and not os.fork():
                 os.environ.clear()
-                print("fork", os.getpid(), flush=True)
+                os.write(1, b"fork %d\\n" % os.getpid())
                 time.sleep(30)
                 os._exit(0)
             print("ready", flush=True)

@@ -22,6 +22,7 @@ LAYERS: list[set[str]] = [
     {"services", "system"},
     {"machine"},
     {"boot", "keepalive"},
+    {"fleet"},
     {"session"},
     {"supervisor", "worker"},
     {"systems"},

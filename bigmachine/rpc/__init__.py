@@ -112,12 +112,12 @@ calls. An ``async def`` method is then cancelled, a generator is closed at its n
 ``call_context().cancelled``, and reading a `Stream` argument raises OSError. No answer is sent.
 
 A deadline runs at both ends, each by its own clock. The caller stops waiting, and cancels; a generator runs on until then. On
-the far side `call_context` counts, and an ``async def`` method is cancelled shortly after, where the caller has not done it: its
-answer is a ``TimeoutError``. A plain method that returns too late is answered for all the same.
+the far side `call_context` counts, and an ``async def`` method is cancelled shortly after, where the caller has not done it:
+its answer is a ``TimeoutError``. A plain method that returns too late is answered for all the same.
 
 ``GOAWAY`` with code 0 announces the end: new calls need a new connection, streams above its last one did not run, others may
-still be answered (where the call channel is one above, the connection is over). With another code, or at the end of TCP, whatever was under way may or may not have run.
-``RST_STREAM(REFUSED_STREAM)`` says that it did not.
+still be answered (where the call channel is one above, the connection is over). With another code, or at the end of TCP,
+whatever was under way may or may not have run. ``RST_STREAM(REFUSED_STREAM)`` says that it did not.
 
 Flow control and limits
 -----------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import time
+from _thread import allocate_lock
 from collections.abc import Callable, Generator
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -59,6 +60,7 @@ class Call(concurrent.futures.Future[T], Generic[T]):
         self._pending: Pending | None = None
         self._watched = False
         self._execute: Callable[[Callable[[], None]], None] | None = None
+        self._reader = allocate_lock()  # Of the thread that reads in order to get the reply: a `Waiter` is for one.
 
     def under_way(self, way: _Way, pending: Pending) -> None:
         """The call was sent on `way`, and is `pending` there."""
@@ -90,12 +92,17 @@ class Call(concurrent.futures.Future[T], Generic[T]):
         way, pending = self._way, self._pending
         if way is None or pending is None or pending.done or self.done():  # In a callback `pending` is not done yet.
             return timeout
-        if timeout is None:
-            way.transport.wait(pending, pending.deadline)
-            return None
-        deadline = time.monotonic() + timeout
-        way.transport.wait(pending, deadline if pending.deadline is None else min(deadline, pending.deadline))
-        return max(0.0, deadline - time.monotonic())
+        if not self._reader.acquire(blocking=False):
+            return timeout
+        try:
+            if timeout is None:
+                way.transport.wait(pending, pending.deadline)
+                return None
+            deadline = time.monotonic() + timeout
+            way.transport.wait(pending, deadline if pending.deadline is None else min(deadline, pending.deadline))
+            return max(0.0, deadline - time.monotonic())
+        finally:
+            self._reader.release()
 
     def cancel(self) -> bool:
         """See the class."""

@@ -3,10 +3,11 @@
 Theory of operation
 -------------------
 Rule 1. `h2` is the protocol machine: the preface, SETTINGS, header blocks, the states of streams, RST_STREAM, PING and the
-windows for *sending* are its own. A GOAWAY that arrives is not: after it `h2` would refuse every frame, but what runs may end.
+windows for *sending* are its own. A GOAWAY that arrives is not: after it `h2` would refuse every frame, but what runs may
+end.
 
-Rule 2. The other exception is the payload of DATA frames, which never passes through `h2`: a frame on an open stream costs about
-20 µs at each end there, and every byte of it is copied three times. Here the nine bytes of a frame's header are read and
+Rule 2. The other exception is the payload of DATA frames, which never passes through `h2`: a frame on an open stream costs
+about 20 µs at each end there, and every byte of it is copied three times. Here the nine bytes of a frame's header are read and
 written directly, and a payload is received straight into the buffer that the application will get (`sink`). `h2` still
 learns of END_STREAM (as an empty DATA frame), and its windows are debited for what is sent, so that its state is true. Only a
 request with a `content-length`, which `h2` insists on checking, goes through it whole: no client of ours sends one.
@@ -303,6 +304,13 @@ class Connection:
         except h2.exceptions.ProtocolError:
             return
         self._collect()
+
+    def finish(self, stream: int) -> None:
+        """`end` a response; what is still on its way of its request is turned away."""
+        self.end(stream)
+        state = self._h2.streams.get(stream)
+        if state is not None and not state.closed:
+            self.reset(stream, h2.errors.ErrorCodes.NO_ERROR)
 
     def reset(self, stream: int, code: int = h2.errors.ErrorCodes.CANCEL) -> None:
         """Give `stream` up. Harmless where it is gone."""

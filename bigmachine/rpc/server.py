@@ -28,7 +28,7 @@ from .codec import Codec, Encoded
 from .connection import Connection, ConnectionFailed, Data, Ended, Event, Filled, GoneAway, Headed, Reset
 from .failures import encode_failure, reduce_failure
 from .methods import CallContext, Handler, Kind, Method, current_call
-from .reactor import READ, WRITE, Reactor, begin_linger, enter, leave
+from .reactor import READ, WRITE, Reactor, Timer, Watch, begin_linger, enter, leave
 from .stats import Stats
 from .streams import Body, Inbox, incoming_file, layout, pack_item, parse_layout
 from .transport import Closed, Transport
@@ -59,6 +59,10 @@ _ATOMS = frozenset({int, float, bool, type(None)})
 _NOTHING: list[Any] = []
 
 _CANCELLED = CallContext("", "", None, True)
+
+
+class _NotRun(BadArguments):
+    """A call that did not get as far as its method. Other refusals that come out of one are of calls that it made."""
 
 
 class _Request:
@@ -213,7 +217,7 @@ class ServerConnection:
             try:
                 args, kwargs = self._server.codec.decode(pickle, buffers, streams=streams)
             except BaseException as error:  # Users' classes take part in decoding: they may raise anything.
-                return None, BadArguments(method.name, f"the arguments cannot be decoded: {error}")
+                return None, _NotRun(method.name, f"the arguments cannot be decoded: {error}")
             return method.function(*args, **kwargs), None
         except BaseException as error:  # Whatever the method raises is its answer.
             return None, _bad_arguments(method, args, kwargs, error)
@@ -233,7 +237,7 @@ class ServerConnection:
             args, kwargs = self._server.codec.decode(pickle, buffers, streams=streams)
             coroutine = functools.partial(method.function, *args, **kwargs)
         except BaseException as error:  # As in `_invoke`.
-            finish(None, BadArguments(method.name, f"the arguments cannot be decoded: {error}"), flush=True)
+            finish(None, _NotRun(method.name, f"the arguments cannot be decoded: {error}"), flush=True)
             return
 
         def make() -> Any:
@@ -274,7 +278,7 @@ class ServerConnection:
                     self._large[number] = encoded
                 else:
                     kind, parts = channel.RESULT, channel.result_parts(encoded.pickle, encoded.buffers)
-        if isinstance(error, CallRefused):
+        if isinstance(error, _NotRun):
             kind, parts = channel.REFUSED, channel.refused_parts(error.status, error.reason)
         elif error is not None:
             failure = encode_failure(error, codec)
@@ -515,7 +519,7 @@ class ServerConnection:
         if request.content_type == JSON:
             try:
                 pickle: Any = self._server.codec.encode(_json_arguments(method.name, request.raw), "JSON").pickle
-            except BadArguments as refused:
+            except _NotRun as refused:
                 self._end_request(request, started, refused)
                 return
             buffers: Any = ()
@@ -598,8 +602,7 @@ class ServerConnection:
                 data = encode_failure(failure, self._server.codec)
                 trailer = reduce_failure(data, MAX_TRAILER) if len(data) > MAX_TRAILER else data
                 self._connection.send_headers(stream, [("bigm-error", b64encode(trailer).decode())], end=True)
-            else:
-                self._connection.end(stream)
+            self._connection.finish(stream)
             transport.flush()
 
     def _item_parts(self, request: _Request, item: Any, raw: bool) -> list[Any]:
@@ -615,10 +618,10 @@ class ServerConnection:
         """Answer with `error`."""
         self._record(request, started, 0, failed=True)
         self._requests.pop(request.stream, None)
-        if isinstance(error, CallRefused):
+        if isinstance(error, _NotRun):
             self._respond_text(request.stream, error.status, error.reason)
         elif request.content_type == JSON:
-            text = {"type": type(error).__qualname__, "message": str(error)}
+            text = {"type": type(error).__qualname__, "message": _text(error)}
             self._respond(request.stream, 590, JSON, json.dumps({"error": text}).encode())
         else:
             failure = encode_failure(error, self._server.codec)
@@ -643,8 +646,7 @@ class ServerConnection:
             headers = [(":status", str(status)), ("content-type", "text/plain; charset=utf-8")]
             if connection.send_headers(stream, headers) and connection.window(stream) >= len(data):
                 connection.send_data(stream, len(data), data)
-            connection.end(stream)
-            connection.reset(stream, 0)  # Whatever of the request is still on its way: do not send it.
+            connection.finish(stream)
             self.transport.flush()
 
     def _respond(self, stream: int, status: int, content_type: str, pickle: bytes, buffers: Any = ()) -> None:
@@ -653,10 +655,17 @@ class ServerConnection:
         try:
             if self._head(stream, status, content_type, *more) and self.transport.send_body(stream, [pickle, *buffers]):
                 with self.transport.lock:
-                    self._connection.end(stream)
+                    self._connection.finish(stream)
                     self.transport.flush()
         except Closed:
             pass  # The client has gone: nobody is waiting for it.
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as problem:  # The user's class takes part.
+        return f"(str() of it raised {type(problem).__name__})"
 
 
 def _check_kind(method: Method, accept: str) -> None:
@@ -681,7 +690,7 @@ def _json_arguments(name: str, raw: bytearray) -> tuple[tuple[Any, ...], dict[st
     try:
         value = json.loads(raw)
     except ValueError as error:
-        raise BadArguments(name, f"the body is not JSON: {error}") from None
+        raise _NotRun(name, f"the body is not JSON: {error}") from None
     if isinstance(value, list):
         return tuple(value), {}
     if isinstance(value, dict):
@@ -707,7 +716,7 @@ def _bad_arguments(method: Method, args: Any, kwargs: Any, error: BaseException)
     try:
         inspect.signature(method.function).bind(*args, **kwargs)
     except TypeError as mismatch:
-        return BadArguments(method.name, f"{mismatch} (its signature is {inspect.signature(method.function)})")
+        return _NotRun(method.name, f"{mismatch} (its signature is {inspect.signature(method.function)})")
     except ValueError:
         pass  # A builtin without a signature.
     return error
@@ -753,7 +762,7 @@ class Server:
         handshake = _Handshake(sock, self)
         with self._lock:
             self._handshakes.add(handshake)
-        handshake.step(0)
+        handshake.start()
 
     def handshake_ended(self, handshake: _Handshake, error: str | None) -> None:
         """Go on with a connection whose TLS is up; drop one whose is not."""
@@ -826,6 +835,11 @@ class Server:
         """How many clients are connected."""
         return len(self._connections)
 
+    @property
+    def callers(self) -> list[object]:
+        """Who is connected, as `identify` says."""
+        return [connection.caller for connection in self._all()]
+
     def _all(self) -> list[ServerConnection]:
         with self._lock:
             return list(self._connections)
@@ -843,13 +857,23 @@ class _Handshake:
             self.peer = "{}:{}".format(*sock.getpeername()[:2])
         except OSError:
             self.peer = "a peer that has gone"
-        self._watch = server.reactor.watch(sock.fileno(), self.step)
-        self._timer = server.reactor.call_later(HANDSHAKE_TIMEOUT, lambda: self.end("no TLS handshake within 10 s"))
+        self._watch: Watch | None = None
+        self._timer: Timer | None = None
+
+    def start(self) -> None:
+        """Begin, on this thread."""
+        reactor = self._server.reactor
+        with self._lock:  # A worker may be on its way that woke for another user of the same descriptor.
+            if self._ended:
+                return
+            self._watch = reactor.watch(self.sock.fileno(), self.step)
+            self._timer = reactor.call_later(HANDSHAKE_TIMEOUT, lambda: self.end("no TLS handshake within 10 s"))
+        self.step(0)
 
     def step(self, _: int) -> None:
         """Go as far as what has arrived allows."""
         with self._lock:
-            if self._ended:
+            if self._ended or self._watch is None:
                 return
             try:
                 self.sock.do_handshake()
@@ -871,8 +895,10 @@ class _Handshake:
             if self._ended:
                 return
             self._ended = True
-            self._watch.close()
-        self._timer.cancel()
+            if self._watch is not None:
+                self._watch.close()
+        if self._timer is not None:
+            self._timer.cancel()
         self._server.handshake_ended(self, error)
 
 

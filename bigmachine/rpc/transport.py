@@ -167,7 +167,8 @@ class Transport:
         self._write = sock.write
         self._deferred = 0
         self._ended = False
-        self._watch: Watch = reactor.watch(self._fd, self._on_ready)
+        with self.lock:  # A worker may be on its way that woke for another user of the same descriptor.
+            self._watch: Watch = reactor.watch(self._fd, self._on_ready)
 
     def start(self) -> None:
         """Send what the connection begins with, and listen."""

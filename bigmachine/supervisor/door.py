@@ -7,6 +7,7 @@ is for. The handshake happens there: nothing is proxied. A connection that does 
 
 from __future__ import annotations
 
+import select
 import socket
 import threading
 from collections.abc import Callable
@@ -22,6 +23,9 @@ MAX_WAITING = 500
 """Connections whose ClientHello is awaited; more are closed at once, so that descriptors are left for others."""
 
 BACKLOG = 1024
+
+STALL = 0.1
+"""Seconds until the next look at a peer of whom there is no more to see than before."""
 
 
 class Door:
@@ -125,6 +129,7 @@ class _Visitor:
         self._door = door
         self._lock = threading.Lock()
         self._over = False
+        self._seen = -1
         self._watch = door.reactor.watch(sock.fileno(), self._look)
         timeout = f"no TLS ClientHello within {HELLO_TIMEOUT:g} s"
         self._timer = door.reactor.call_later(HELLO_TIMEOUT, lambda: self.leave(timeout))
@@ -144,10 +149,16 @@ class _Visitor:
                     raise NotTls("it ended before it said what it wants")
                 name = server_name(data)
                 if name is None:
+                    stalled, self._seen = len(data) == self._seen, len(data)
                     if len(data) >= MAX_HELLO:
                         raise NotTls(f"a ClientHello of more than {MAX_HELLO} bytes")
+                    if _hung_up(self.sock):
+                        raise NotTls("it ended before it said what it wants")
                     # Peeked bytes stay readable: wake when there are more than these.
                     self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, len(data) + 1)
+                    if stalled:  # A system that does not know of this mark, or of hanging up.
+                        self._door.reactor.call_later(STALL, lambda: self._watch.arm(READ))
+                        return
             except BlockingIOError:
                 name = None
             except (NotTls, OSError) as error:
@@ -176,3 +187,12 @@ class _Visitor:
             self._watch.close()
         self._timer.cancel()
         self._door.turn_away(self, reason)
+
+
+def _hung_up(sock: socket.socket) -> bool:
+    """Whether the peer will send no more, where the system tells that while there are bytes to read."""
+    if not hasattr(select, "POLLRDHUP"):
+        return False
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return bool(poll.poll(0))

@@ -21,33 +21,44 @@ def server_name(data: bytes) -> str | None:
 
     None where more bytes are needed. Raises `NotTls`.
     """
-    if data[:1] and data[0] != _HANDSHAKE:
-        raise NotTls(f"not TLS: the connection begins with {data[:24]!r}")
-    if len(data) < 9:
-        return None
-    if data[1] != 3 or data[5] != _CLIENT_HELLO:
+    message = _unwrap(data)
+    if message and message[0] != _CLIENT_HELLO:
         raise NotTls(f"not a TLS ClientHello: {data[:9].hex()}")
-    size = int.from_bytes(data[6:9], "big")
+    size = _size(message)
+    if size is None or len(message) < size:
+        return None
+    return _find(message[4:size])
+
+
+def _size(message: bytes | bytearray) -> int | None:
+    """Bytes of the whole handshake message; None where that is not known yet."""
+    if len(message) < 4:
+        return None
+    size = int.from_bytes(message[1:4], "big")
     if size > MAX_HELLO:
         raise NotTls(f"a ClientHello of {size} bytes; the limit is {MAX_HELLO}")
-    hello = _unwrap(data, 4 + size)
-    return None if hello is None else _find(hello[4:])
+    return 4 + size
 
 
-def _unwrap(data: bytes, size: int) -> bytes | None:
-    """The handshake message, which may be spread over several records; None where it is not whole."""
-    message = b""
-    while len(message) < size:
-        if len(data) < 5:
-            return None
-        if data[0] != _HANDSHAKE:
-            raise NotTls("a ClientHello that is interrupted by another record")
-        length = int.from_bytes(data[3:5], "big")
-        if not length:
-            raise NotTls("an empty TLS record")
-        message += data[5 : 5 + length]
-        data = data[5 + length :]
-    return message[:size]
+def _unwrap(data: bytes) -> bytes:
+    """What there is of the first handshake message, which may be spread over several records."""
+    message = bytearray()
+    at = 0
+    while at < len(data):
+        size = _size(message)
+        if size is not None and len(message) >= size:
+            break
+        if data[at] != _HANDSHAKE:
+            problem = "a ClientHello that is interrupted by" if at else "not TLS: the connection begins with"
+            raise NotTls(f"{problem} {data[at : at + 24]!r}")
+        if len(data) < at + 5:
+            break
+        length = int.from_bytes(data[at + 3 : at + 5], "big")
+        if data[at + 1] != 3 or not length:
+            raise NotTls(f"not a TLS ClientHello: {data[at : at + 9].hex()}")
+        message += data[at + 5 : at + 5 + length]
+        at += 5 + length
+    return bytes(message)
 
 
 def _find(hello: bytes) -> str:

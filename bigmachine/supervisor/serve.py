@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from ..credentials import Credentials, peer_identity, server_context
+from ..credentials import Credentials, Identity, Role, peer_identity, server_context
 from ..rpc.codec import Codec
 from ..rpc.reactor import Reactor
 from ..rpc.server import Server
@@ -25,6 +25,10 @@ FIRST_CONTACT = 60.0
 
 LINGER = 5.0
 """Seconds for which a machine whose services died waits to be asked why, and to be shut down."""
+
+OBITUARY = 0.3
+"""Seconds for which a machine whose services died, and which was shut down for it, can still be asked why: by other
+machines, whose calls failed at the same moment and which have to connect first."""
 
 ORPHAN_GRACE = 2.0
 """Seconds between SIGTERM and SIGKILL where the driver is gone: nobody waits for a result any more."""
@@ -108,12 +112,17 @@ class Supervisor:
         self._server.close(abort=True)
         self.end("it was killed", 0.0, orphan=True)
 
+    def _driver_listens(self) -> bool:
+        return any(isinstance(caller, Identity) and caller.role is Role.DRIVER for caller in self._server.callers)
+
     def run(self) -> str:
         """Until the machine has ended; the driver has then had time to read what was left to say. Returns why."""
         self._ended.wait()
+        if self._workers.obituary() is not None and not self._alone:
+            time.sleep(OBITUARY)
         self._door.close()
         deadline = time.monotonic() + LINGER
-        while not self._alone and self._server.connections and time.monotonic() < deadline:
+        while not self._alone and self._driver_listens() and time.monotonic() < deadline:
             time.sleep(0.01)  # The driver hangs up when it has read everything.
         self._server.close(f"machine {self._machine} has ended: {self.reason}")
         return self.reason

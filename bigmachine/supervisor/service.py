@@ -6,12 +6,16 @@ import functools
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from ..info import VERSION, DiskInfo, Info, LoadInfo, MemInfo, platform_name, python_version
 from ..rpc.methods import call_context
 from ..rpc.stats import MethodStats, Stats
 from .workers import Event, Workers
+
+DEATH_WITHIN = 0.3
+"""Seconds within which a supervisor knows of a death: the kernel tells it at once, but its last output is read first."""
 
 OWNER_ONLY = frozenset(
     f"Supervisor.{method}" for method in ("await_ready", "register", "install", "keepalive", "events", "shutdown")
@@ -85,8 +89,12 @@ class SupervisorService:
         yield from self._workers.events(lambda: context.cancelled)
 
     def obituary(self) -> str | None:
-        """How a service process died; None while all live."""
-        return self._workers.obituary()
+        """How a service process died; None while all live. Asked by those whose connection to one has ended, who may
+        have noticed before the supervisor has: waits a little."""
+        deadline = time.monotonic() + DEATH_WITHIN
+        while (obituary := self._workers.obituary()) is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return obituary
 
     def mem_info(self) -> MemInfo:
         """Memory, in bytes."""

@@ -13,15 +13,17 @@ bare toolkit: it must be installed there, or be shipped by the system.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+import io
 import os
 import secrets
+import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import CancelledError
-from contextlib import contextmanager
-from io import BytesIO
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +45,14 @@ from ..errors import (
     Unreachable,
     UsageError,
 )
+from ..fleet import Fleet
 from ..launch import bare_program
 from ..machine import Machine, Network
 from ..rpc.client import Client
 from ..rpc.codec import Codec
 from ..rpc.reactor import reactor
 from ..rpc.streams import Stream
-from ..session import Fleet, Session
+from ..session import Session
 from ..state import State
 from ..supervisor.service import OWNER_ONLY
 from ..system import Launcher
@@ -60,18 +63,20 @@ SOON = 5.0
 
 
 class Cluster:
-    """A session whose authority the tests know, and machines that run the services of `services`."""
+    """A session whose authority the tests know. `output` is what its machines have said."""
 
     def __init__(self, launcher: Launcher, **options: Any) -> None:
         name = f"s-{secrets.token_hex(4)}"
         self.launcher = launcher
+        self.output = io.StringIO()
         self.authority = Authority(name)
         driver = self.authority.issue(Role.DRIVER, name)
         network = Network(lambda: client_context(driver), Codec(stream_type=Stream), reactor())
-        self.session = Session(network, fleet=Fleet(launcher, self.authority, bare_program(), **options))
+        fleet = Fleet(launcher, self.authority, bare_program(), network, **options)
+        self.session = Session(network, fleet=fleet, output=self.output)
 
     def start(self, n: int = 1, services: Mapping[str, object] | None = None, **options: Any) -> list[Machine]:
-        """Machines that are on their way."""
+        """Machines on their way, with services that the tests know unless `services` are given."""
         default = {"Probe": Probe("hello"), "Meeting": Meeting()}
         return self.session.start(n, default if services is None else services, **options)
 
@@ -123,7 +128,7 @@ class Conformance:
     def machine(self, machines: list[Machine]) -> Machine:
         return machines[0]
 
-    @contextmanager
+    @contextlib.contextmanager
     def another(self, **options: Any) -> Iterator[Cluster]:
         """A cluster of one test's own."""
         cluster = Cluster(self.launcher(), **options)
@@ -215,11 +220,9 @@ class Conformance:
 
     @pytest.mark.parametrize("how", ["call", "submit"])
     def test_an_exception_keeps_its_type_and_says_where_it_comes_from(self, machine: Machine, how: str) -> None:
+        ask = machine.call if how == "call" else lambda *args: machine.submit(*args).result(SOON)
         with pytest.raises(Trouble, match="bad luck") as caught:
-            if how == "call":
-                machine.call("Probe.fail", "bad luck", 13)
-            else:
-                machine.submit("Probe.fail", "bad luck", 13).result(SOON)
+            ask("Probe.fail", "bad luck", 13)
         assert caught.value.code == 13
         assert isinstance(caught.value.__cause__, RemoteTraceback)
         assert "in fail" in str(caught.value.__cause__)
@@ -277,7 +280,8 @@ class Conformance:
 
     @pytest.mark.parametrize("method", ["Probe.count", "Probe.acount"])
     def test_closing_a_stream_closes_the_generator(self, machine: Machine, method: str) -> None:
-        machine.call("Probe.closed") if machine.submit("Probe.echo").result(SOON) else None
+        list(machine.stream(method, 1))
+        assert machine.call("Probe.closed", timeout=SOON)
         with machine.stream(method, 10_000_000) as items:
             assert next(items) == 0
         assert machine.call("Probe.closed", timeout=SOON)
@@ -285,7 +289,7 @@ class Conformance:
     def test_an_argument_streams(self, machine: Machine) -> None:
         data = os.urandom(3_000_000)
         digest = len(data), hashlib.sha256(data).hexdigest()
-        assert machine.call("Probe.digest", Stream(BytesIO(data))) == digest
+        assert machine.call("Probe.digest", Stream(io.BytesIO(data))) == digest
         pieces = (data[i : i + 100_000] for i in range(0, len(data), 100_000))
         assert machine.submit("Probe.digest", Stream(pieces)).result(SOON) == digest
 
@@ -314,6 +318,17 @@ class Conformance:
         assert call.cancelled()
         with pytest.raises(CancelledError):
             call.result()
+        assert machine.call("Probe.cancelled", timeout=SOON)
+        machine.call("Probe.wake")
+
+    def test_cancelling_a_call_that_somebody_waits_for(self, machine: Machine) -> None:
+        call = machine.submit("Probe.nap")
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(call.exception)
+            machine.call("Probe.echo", 1)
+            assert call.cancel()
+            with pytest.raises(CancelledError):
+                waiting.result(SOON)
         assert machine.call("Probe.cancelled", timeout=SOON)
         machine.call("Probe.wake")
 
@@ -419,7 +434,10 @@ class Conformance:
             for machine in (first, second, third):
                 machine.wait(State.RUNNING, self.start_within)
             waiting = [machine.submit("Probe.block") for machine in (first, second)]
+            assert third.call("Probe.relay", first.addr, "Supervisor.ping") == first.id
+            started = time.monotonic()
             first.shutdown()
+            assert time.monotonic() - started < 4.0  # A neighbour's open connection does not keep the machine.
             second.cancel()
             for machine, call in zip((first, second), waiting, strict=True):
                 with pytest.raises(MachineStopped, match=machine.id):
@@ -515,11 +533,47 @@ class Conformance:
             reactor(),
             address=machine.addr,
         )
-        with pytest.raises(Unreachable) as caught:
+        with pytest.raises(Unreachable):
             stranger.call(method, (Bomb(str(tmp_path / "unpickled")),), {}, SOON)
-        assert not caught.value.sent
         assert not (tmp_path / "unpickled").exists()
         assert machine.call("Probe.echo", 1) == 1
+
+    @pytest.mark.parametrize("process", [None, 0])
+    def test_a_client_without_a_certificate_is_refused(self, machine: Machine, process: int | None, tmp_path: Path) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        context.set_alpn_protocols(["h2"])
+        host, port, id = parse_address(machine.addr)
+        nobody = Client(host, port, server_name(id, process), context, Codec(), reactor(), address=machine.addr)
+        with pytest.raises(Unreachable):
+            nobody.call("Probe.echo", (Bomb(str(tmp_path / "unpickled")),), {}, SOON)
+        assert not (tmp_path / "unpickled").exists()
+        assert machine.call("Probe.echo", 1) == 1
+
+    @pytest.mark.parametrize(
+        "data",
+        [b"GET / HTTP/1.1\r\n\r\n", bytes(range(256)) * 100, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b""],
+        ids=["HTTP/1.1", "garbage", "half a hello", "nothing"],
+    )
+    def test_whoever_knocks_disturbs_nobody(self, cluster: Cluster, machine: Machine, data: bytes) -> None:
+        host, port, _ = parse_address(machine.addr)
+        visitors = [socket.create_connection((host, port), SOON) for _ in range(20)]
+        try:
+            for visitor in visitors:
+                with contextlib.suppress(ConnectionError):
+                    visitor.sendall(data)
+            assert machine.call("Probe.echo", 1, timeout=SOON) == 1
+            assert machine.load_info()
+            if data[:1] not in (b"", b"\x16"):
+                for visitor in visitors:
+                    with contextlib.suppress(ConnectionError):
+                        assert visitor.recv(1) == b""
+                told = f"{machine.addr}: bigmachine: closed a connection from"
+                eventually(lambda: told in cluster.output.getvalue(), "what the machine says of it")
+        finally:
+            for visitor in visitors:
+                visitor.close()
 
     def test_a_machine_may_not_do_what_is_the_owners(self, cluster: Cluster, machine: Machine, tmp_path: Path) -> None:
         neighbour = client_as(cluster.authority.issue(Role.MACHINE, "m-neighbour"), machine)
@@ -534,9 +588,9 @@ class Conformance:
         assert machine.call("Probe.echo", 1) == 1
 
 
-def _trusting(credentials: Credentials) -> Any:
+def _trusting(credentials: Credentials) -> ssl.SSLContext:
     """A client's context that takes any server: it is the server's refusal that is tested."""
     context = client_context(credentials)
     context.check_hostname = False
-    context.verify_mode = 0  # type: ignore[assignment]  # ssl.CERT_NONE
+    context.verify_mode = ssl.CERT_NONE
     return context

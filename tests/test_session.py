@@ -1,0 +1,259 @@
+"""A session and its machines, with launchers that do what real ones seldom do."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+
+import pytest
+
+from bigmachine import State
+from bigmachine.errors import BootError, MachineStopped, NotPicklable, UsageError
+from bigmachine.fleet import MAX_LINE, Owned, _with
+from bigmachine.session import Session
+from bigmachine.system import Launched, Launcher, Order, Program
+from bigmachine.testing import TestSystem
+from bigmachine.testing.conformance import SOON, Cluster, eventually
+from bigmachine.testing.services import Probe
+
+
+class Odd:
+    """A launcher that hands orders to `launched` and remembers what it was asked."""
+
+    name = "odd"
+
+    def __init__(self, launched: Callable[[Sequence[Order]], list[Future[Launched]]]) -> None:
+        self.launch = launched
+        self.stopped: list[str] = []
+        self.closed = 0
+
+    def stop(self, id: str, grace: float) -> None:
+        self.stopped.append(id)
+
+    def ended(self, id: str) -> str | None:
+        return None
+
+    def on_end(self, id: str, callback: Callable[[str], None]) -> None: ...
+
+    def console(self, id: str) -> str:
+        return "the console says this"
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def futures(orders: Sequence[Order]) -> list[Future[Launched]]:
+    """Nothing ever comes of these."""
+    return [Future() for _ in orders]
+
+
+def failed(orders: Sequence[Order]) -> list[Future[Launched]]:
+    found = futures(orders)
+    for future in found:
+        future.set_exception(OSError("no such subnet: subnet-1"))
+    return found
+
+
+def raising(orders: Sequence[Order]) -> list[Future[Launched]]:
+    raise PermissionError("not with these credentials")
+
+
+def unreachable(orders: Sequence[Order]) -> list[Future[Launched]]:
+    found = futures(orders)
+    for order, future in zip(orders, found, strict=True):
+        future.set_result(Launched(order.id, "localhost", 1, 1))
+    return found
+
+
+def start(launcher: Launcher, n: int = 2) -> Cluster:
+    cluster = Cluster(launcher)
+    cluster.start(n, {"Probe": Probe()})
+    return cluster
+
+
+# -- Launches ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("launched", "kind", "text"),
+    [
+        (raising, PermissionError, "not with these credentials"),
+        (failed, BootError, "boot step 'launch' after .* no such subnet: subnet-1"),
+        (unreachable, BootError, "boot step 'connect' .* cannot connect to localhost:1: Connection refused"),
+    ],
+)
+def test_a_launch_that_fails(
+    launched: Callable[[Sequence[Order]], list[Future[Launched]]], kind: type[Exception], text: str
+) -> None:
+    launcher = Odd(launched)
+    with start(launcher).session as b:
+        for machine in b.machines():
+            with pytest.raises(kind, match=text) as caught:
+                machine.wait(State.RUNNING, SOON)
+            if kind is BootError:
+                assert "the console says this" in str(caught.value)
+            with pytest.raises(MachineStopped):
+                machine.call("Probe.echo")
+    assert sorted(launcher.stopped) == sorted(machine.id for machine in b.machines())
+    assert launcher.closed == 1
+
+
+def test_a_launch_that_never_ends() -> None:
+    launcher = Odd(futures)
+    cluster = start(launcher)
+    machines = cluster.session.machines()
+    for machine in machines:
+        machine.wait(State.STARTING, SOON)
+    pending = machines[0].submit("Probe.echo")
+    started = time.monotonic()
+    cluster.session.shutdown()
+    assert time.monotonic() - started < 1.0
+    assert sorted(launcher.stopped) == sorted(machine.id for machine in machines)
+    with pytest.raises(MachineStopped, match="shut down"):
+        pending.result(SOON)
+
+
+def test_a_session_that_ends_during_a_launch_stops_what_was_launched() -> None:
+    """`stop` before the launcher knows the machine would be without effect, and the machine would live."""
+    reached, released = threading.Event(), threading.Event()
+
+    def slow(orders: Sequence[Order]) -> list[Future[Launched]]:
+        reached.set()
+        assert released.wait(SOON)
+        assert not launcher.stopped
+        return futures(orders)
+
+    launcher = Odd(slow)
+    cluster = start(launcher)
+    assert reached.wait(SOON)
+    ending = threading.Thread(target=cluster.session.shutdown)
+    ending.start()
+    for machine in cluster.session.machines():
+        machine.wait(State.STOPPED, SOON)
+    released.set()
+    ending.join(SOON)
+    assert not ending.is_alive()
+    assert sorted(launcher.stopped) == sorted(machine.id for machine in cluster.session.machines())
+
+
+def test_a_machine_that_is_cancelled_at_once_is_not_ordered_and_takes_no_other_with_it() -> None:
+    ordered: list[str] = []
+
+    def remember(orders: Sequence[Order]) -> list[Future[Launched]]:
+        ordered.extend(order.id for order in orders)
+        return system.launch(orders)
+
+    system = TestSystem()
+    launcher = Odd(remember)
+    launcher.stop = system.stop  # type: ignore[method-assign]
+    launcher.close = system.close  # type: ignore[method-assign]
+    cluster = Cluster(launcher)
+    with cluster.session as b:
+        for _ in range(20):
+            first, second = b.start(2, {"Probe": Probe()})
+            first.cancel()
+            second.wait(State.RUNNING, SOON)
+            assert first.state is State.STOPPED
+            second.cancel()
+    assert {machine.id for machine in b.machines()} >= set(ordered)
+
+
+# -- Orders --------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_launch_changes_of_the_program() -> None:
+    program = Program(("python", "app.py", "-n", "5"), {"A": "1"}, "/here", own_args=2)
+    assert _with(program, {}, None) == program
+    assert _with(program, {"A": "2", "B": "x=y"}, ["-n", "7", "z"]) == Program(
+        ("python", "app.py", "-n", "7", "z"), {"A": "2", "B": "x=y"}, "/here", own_args=3
+    )
+    assert _with(program, {}, []).argv == ("python", "app.py")
+    for name, value in (("", "x"), ("A=B", "x"), ("A", "x\0y")):
+        with pytest.raises(UsageError, match="not an environment variable"):
+            _with(program, {name: value}, None)
+
+
+def test_what_cannot_be_started() -> None:
+    cluster = Cluster(Odd(futures))
+    with cluster.session as b:
+        with pytest.raises(UsageError, match="cannot start 0 machines"):
+            b.start(0, {})
+        with pytest.raises(NotPicklable, match="service 'Lock'"):
+            b.start(1, {"Probe": Probe(), "Lock": threading.Lock()})
+        assert b.machines() == []
+    with pytest.raises(UsageError, match="has been shut down"):
+        b.start(1, {"Probe": Probe()})
+
+
+def test_a_service_only_dials() -> None:
+    session = Session(Cluster(Odd(futures)).session._network, address="https://localhost:5/m-1/")
+    with pytest.raises(UsageError, match="machines are started by the driver"):
+        session.start(1, {})
+    machine = session.dial("https://localhost:6/m-2/")
+    assert session.dial("https://localhost:6/m-2/") is machine
+    assert session.machines() == [machine]
+    session.shutdown()
+    with pytest.raises(MachineStopped):
+        machine.call("Probe.echo")
+
+
+# -- Output --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spoken() -> Iterator[tuple[Owned, io.StringIO]]:
+    cluster = start(Odd(futures), 1)
+    with cluster.session:
+        yield cluster.session._owned[0], cluster.output
+
+
+def lines(spoken: tuple[Owned, io.StringIO]) -> list[str]:
+    owned, output = spoken
+    prefix = f"{owned.machine.addr}: "
+    written = output.getvalue()
+    assert all(line.startswith(prefix) for line in written.splitlines())
+    return [line.removeprefix(prefix) for line in written.split("\n")]
+
+
+def test_output_is_written_in_whole_lines(spoken: tuple[Owned, io.StringIO]) -> None:
+    say = spoken[0]._on_event
+    say(("output", 0, "stdout", b"one\ntw"))
+    say(("output", 0, "stderr", b"err"))
+    say(("output", 1, "stdout", b"another process\n"))
+    say(("output", 0, "stdout", b"o\n\nthree\n"))
+    say(("log", "closed a connection"))
+    say(("output", 0, "stderr", b"or\n"))
+    assert lines(spoken) == ["one", "another process", "two", "", "three", "bigmachine: closed a connection", "error", ""]
+
+
+def test_characters_that_are_cut_in_two(spoken: tuple[Owned, io.StringIO]) -> None:
+    for byte in "π = 3,14… €\n".encode():
+        spoken[0]._on_event(("output", 0, "stdout", bytes([byte])))
+    spoken[0]._on_event(("output", 0, "stdout", b"\xff\n"))
+    assert lines(spoken) == ["π = 3,14… €", "\ufffd", ""]
+
+
+def test_a_line_without_end_is_cut(spoken: tuple[Owned, io.StringIO]) -> None:
+    for _ in range(40):
+        spoken[0]._on_event(("output", 0, "stdout", b"x" * (MAX_LINE // 16)))
+    assert [len(line) for line in lines(spoken)][:2] == [MAX_LINE + MAX_LINE // 16] * 2
+
+
+def test_output_that_nobody_takes(spoken: tuple[Owned, io.StringIO]) -> None:
+    spoken[1].close()
+    spoken[0]._on_event(("output", 0, "stdout", b"into the void\n"))
+    assert "into the void" in spoken[0]._last_output()
+
+
+def test_a_death_before_the_machine_runs_is_the_boots_affair(spoken: tuple[Owned, io.StringIO]) -> None:
+    owned = spoken[0]
+    owned.machine.wait(State.STARTING, SOON)
+    owned._on_event(("death", "process 0 exited with code 1", ""))
+    assert owned.machine.state is State.STARTING
+    owned.machine.running()
+    owned._on_event(("death", "process 0 exited with code 1", "the last\nwords\n"))
+    eventually(lambda: owned.machine.state is State.STOPPED, "the machine's end")
+    assert str(owned.machine.error).endswith("process 0 exited with code 1; its last output:\nthe last\nwords")
