@@ -216,6 +216,8 @@ class Machine:
         return ([self._supervisor] if self._supervisor else []) + self._processes
 
     def _reason(self) -> str:
+        if isinstance(self.error, MachineStopped):
+            return self.error.reason
         return str(self.error) if self.error is not None else "it was shut down"
 
     def _stopped(self, reason: str | None = None, *, sent: bool = False) -> MachineStopped:
@@ -367,7 +369,7 @@ class Machine:
 
     def service(self, name: str, cls: type[S]) -> S:
         """A stand-in for service `name` of class `cls`: ``m.service("PI", CirclePI).sample(10)`` is a call, and
-        ``.sample.submit(10)``, ``.sample.stream(10)`` are the others. Typed as `cls`, so that editors and type checkers help."""
+        ``.sample.submit(10)``, ``.sample.stream(10)`` are the others. Typed as `cls`, for editors and type checkers."""
         return cast(S, _Service(self, name, cls))
 
     def _client_for(self, method: str, deadline: float | None) -> Client | None:
@@ -390,8 +392,8 @@ class Machine:
             return
         left = VITALS_TIMEOUT if deadline is None else max(0.001, deadline - time.monotonic())
         with self._meeting:
-            if self._met:
-                return
+            if self._processes[1:] or self.parallel:
+                return  # Somebody else has asked in the meantime.
             try:
                 described = self._processes[0].call("Process.describe", (), {}, min(left, VITALS_TIMEOUT))
             except Unreachable as error:
@@ -417,10 +419,12 @@ class Machine:
         return self._supervisor
 
     def _if_stopped(self, error: Unreachable) -> BaseException:
-        """Calls of a machine that was stopped by us end in the same error as those of one that died."""
-        if self.state is State.STOPPED and not isinstance(error, MachineStopped):
-            return self._stopped(sent=error.sent)
-        return error
+        """Calls of a machine that has stopped end in the same error, however early or late they noticed."""
+        if isinstance(error, MachineStopped) or isinstance(error.__cause__, RemoteTraceback):
+            return error  # The latter: the method raised it, about somebody else.
+        if self.state is State.RUNNING and self.owned:
+            return self._explain(error)
+        return self._stopped(sent=error.sent) if self.state is State.STOPPED else error
 
     # -- What it says of itself --------------------------------------------------------------------------------------
 

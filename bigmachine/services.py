@@ -1,8 +1,9 @@
 """Services: ordinary objects, and what of them can be called from elsewhere.
 
-Every public method (no leading underscore) of a service is callable, but for `setup` and `drain`, which bigmachine calls
-itself. How a method runs follows from how it is written: `def` on a thread, `async def` on the process's event loop, a
-generator as a stream of items. Methods may run at the same time as others of the same object, as in any threaded server.
+Every public method (no leading underscore) of a service is callable, but for `setup`, which bigmachine calls itself, and
+`drain`, which is kept for systems whose machines are taken away. How a method runs follows from how it is written: `def` on a
+thread, `async def` on the process's event loop, a generator as a stream of items. Methods may run at the same time as others of
+the same object, as in any threaded server.
 """
 
 from __future__ import annotations

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from .fleet import Fleet, Owned
 
 
+_writing = threading.Lock()
+"""Held by who writes what machines say: an unbuffered stderr (``python -u``) would cut large pieces of two into each other."""
+
+
 class Session:
     """See the module. A driver's session is a context manager: at its end all its machines are shut down.
 
@@ -115,7 +119,8 @@ class Session:
     def _write(self, text: str) -> None:
         stream = self._output or sys.stderr
         try:
-            stream.write(text)
-            stream.flush()
+            with _writing:
+                stream.write(text)
+                stream.flush()
         except (OSError, ValueError):
             pass  # Nobody reads it any more; that is no reason for the program to fail.

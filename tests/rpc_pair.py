@@ -73,22 +73,27 @@ class Listener:
         self.port: int = self.sock.getsockname()[1]
         self.adopt = adopt
         self.accepted = 0
+        self._lock = threading.Lock()
         self._watch = reactor.watch(self.sock.fileno(), self._on_ready)
         self._watch.arm(READ)
 
     def _on_ready(self, _: int) -> None:
-        try:
-            sock, _address = self.sock.accept()
-        except BlockingIOError:
-            pass
-        else:
-            self.accepted += 1
+        with self._lock:
+            if self._watch.closed:
+                return
+            try:
+                sock, _address = self.sock.accept()
+                self.accepted += 1
+            except BlockingIOError:
+                sock = None
+            self._watch.arm(READ)
+        if sock is not None:
             self.adopt(sock)
-        self._watch.arm(READ)
 
     def close(self) -> None:
-        self._watch.close()
-        self.sock.close()
+        with self._lock:
+            self._watch.close()
+            self.sock.close()
 
 
 class Pair:
@@ -143,7 +148,11 @@ class Pair:
         self.server.close()
         self.here.close()
         self.there.close()
-        until(lambda: resources() <= self.before, f"{resources() - self.before} were left behind")
+        try:
+            until(lambda: resources() <= self.before)
+        except AssertionError:
+            left = sorted(resources() - self.before)
+            raise AssertionError(f"{len(left)} things were left behind: {left[:10]}") from None
 
 
 def resources() -> set[str]:

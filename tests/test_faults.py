@@ -90,6 +90,7 @@ class Driver:
         )
         self.output: dict[str, list[str]] = {"stdout": [], "stderr": []}
         self._changed = threading.Condition()
+        self._ended = 0
         self._readers = [threading.Thread(target=self._read, args=(name,), daemon=True) for name in self.output]
         for reader in self._readers:
             reader.start()
@@ -100,6 +101,9 @@ class Driver:
                 with self._changed:
                     self.output[name].append(line.rstrip("\n"))
                     self._changed.notify_all()
+        with self._changed:
+            self._ended += 1
+            self._changed.notify_all()
 
     @property
     def stdout(self) -> list[str]:
@@ -116,10 +120,10 @@ class Driver:
             return next((line for line in self.output[name] if text in line), None)
 
         with self._changed:
-            if not self._changed.wait_for(lambda: find() is not None, within):
-                pytest.fail(f"no {text!r} within {within:g} s; {self.transcript()}")
+            self._changed.wait_for(lambda: find() is not None or self._ended == len(self.output), within)
         line = find()
-        assert line is not None
+        if line is None:
+            pytest.fail(f"no {text!r} within {within:g} s; {self.transcript()}")
         return line
 
     def end(self, within: float = 20.0) -> int:
@@ -316,9 +320,9 @@ def trouble() -> Any:
             os.kill(os.getpid(), number)
             time.sleep(60)
 
-        def hold(self, seconds: int) -> int:
+        def hold(self, seconds: float) -> float:
             """Keep the interpreter lock in C code."""
-            ctypes.PyDLL(None).sleep(seconds)
+            ctypes.PyDLL(None).usleep(int(seconds * 1e6))
             return seconds
 
         def backtrack(self) -> None:
@@ -371,6 +375,7 @@ def assert_gone(cluster: Cluster) -> None:
         ("T.exit", (3,), r"service process 0 \(pid \d+\) exited with code 3"),
         ("T.kill", (signal.SIGKILL,), r"service process 0 \(pid \d+\) was killed by SIGKILL"),
     ],
+    ids=["segmentation fault", "exit", "SIGKILL"],
 )
 def test_the_death_of_a_service_process_is_explained_at_once(
     cluster: Cluster, method: str, args: tuple[int, ...], cause: str
@@ -482,12 +487,11 @@ def boot_error(directory: Path, body: str) -> tuple[BootError, float]:
     [
         ("def load():\n    raise RuntimeError('no licence')\nload()", "exited with code 1", "in load\n    raise Runt"),
         ("import no_such_module", "exited with code 1", "ModuleNotFoundError: No module named 'no_such_module'"),
-        ("syntax error", "exited with code 1", "SyntaxError"),
         ("print('nothing to do')", "exited with code 0", "nothing to do"),
         ("sys.exit('bye bye')", "exited with code 1", "bye bye"),
         ("print('x', flush=True); os.abort()", "was killed by SIGABRT", "x"),
     ],
-    ids=["raises", "import", "syntax", "ends", "exits", "aborts"],
+    ids=["raises", "import", "ends", "exits", "aborts"],
 )
 def test_a_program_that_ends_before_driver_start(tmp_path: Path, body: str, reason: str, output: str) -> None:
     error, elapsed = boot_error(tmp_path, body)
@@ -594,7 +598,7 @@ def test_a_service_that_holds_the_interpreter_lock_keeps_its_machine() -> None:
     cluster = Cluster(LocalLauncher(), lease=lease)
     with cluster.session:
         (machine,) = start(cluster)
-        assert machine.call("T.hold", 3) == 3
+        assert machine.call("T.hold", 2.5) == 2.5
         assert machine.state is State.RUNNING
         assert max(machine.keepalive_reply_times) < lease
         assert machine.call("T.nothing", 5) == 5
@@ -636,7 +640,7 @@ def test_a_machine_whose_driver_is_silent_ends_itself() -> None:
 
 
 def test_a_supervisor_that_does_not_answer_is_given_up() -> None:
-    cluster = Cluster(LocalLauncher(), lease=2.0)
+    cluster = Cluster(LocalLauncher(), lease=1.0)
     with cluster.session:
         (machine,) = start(cluster)
         pending = machine.submit("T.wait")
@@ -663,8 +667,8 @@ def test_ten_thousand_calls_at_once(cluster: Cluster) -> None:
     assert psutil.Process().memory_info().rss - before < 200 << 20
 
 
-def test_ten_thousand_calls_that_wait(cluster: Cluster) -> None:
-    """More than there are threads: they wait for each other, and are all answered."""
+def test_many_calls_that_take_long(cluster: Cluster) -> None:
+    """They run at the same time, on threads that are started as they are needed."""
 
     def slow() -> Any:
         class Slow:
@@ -675,8 +679,8 @@ def test_ten_thousand_calls_that_wait(cluster: Cluster) -> None:
         return Slow()
 
     (machine,) = cluster.start(1, {"Slow": slow()})
-    calls = [machine.submit("Slow.nap", i) for i in range(1000)]
-    assert [call.result(30.0) for call in calls] == list(range(1000))
+    calls = [machine.submit("Slow.nap", i) for i in range(300)]
+    assert [call.result(30.0) for call in calls] == list(range(300))
 
 
 def test_a_reply_of_a_gibibyte(cluster: Cluster) -> None:
@@ -724,9 +728,9 @@ def test_lines_of_several_processes_stay_whole(run: Callable[..., Driver]) -> No
     )
     assert program.end() == 0, program.transcript()
     whole = re.compile(r"https://localhost:\d+/m-[0-9a-f]{6}/: line \d+ of \d+ x{300}")
-    lines = [line for line in program.stderr if " of " in line]
+    lines = [line for line in program.stderr if "service is set up" not in line]
+    assert [line for line in lines if not whole.fullmatch(line)] == []
     assert len(lines) == 6000
-    assert all(whole.fullmatch(line) for line in lines)
 
 
 def test_a_flood_of_output_waits_for_its_reader(run: Callable[..., Driver]) -> None:

@@ -835,7 +835,12 @@ def test_many_streams_at_once(pair: Pair) -> None:
 
 
 def test_no_place_for_another_stream(pair: Pair) -> None:
-    streams = [pair.stream("slow_items") for _ in range(255)]
+    assert pair.call("add", 1, 2) == 3
+    connection = pair.client._connection
+    assert connection is not None
+    for _ in range(250):
+        assert connection._slots.acquire(blocking=False)
+    streams = [pair.stream("slow_items") for _ in range(5)]
     assert pair.call("add", 1, 2) == 3
     with pytest.raises(Unreachable, match="255 large calls") as failure:
         pair.stream("slow_items", timeout=0.05)
@@ -844,6 +849,7 @@ def test_no_place_for_another_stream(pair: Pair) -> None:
     assert list(pair.stream("count", 3)) == [0, 1, 2]
     for stream in streams:
         stream.close()
+    connection._slots.release(250)
 
 
 # -- Cancellation and deadlines --------------------------------------------------------------------------------------
@@ -1050,7 +1056,7 @@ def test_threads_with_and_without_timeouts(pair: Pair, service: Service) -> None
     def impatient() -> None:
         while not stop.is_set():
             try:
-                pair.call("wait", timeout=0.002)
+                pair.call("async_wait", timeout=0.002)
             except CallTimeout:
                 pass
             except BaseException as error:
@@ -1678,7 +1684,8 @@ def test_peer_that_stops_reading(pair: Pair, service: Service) -> None:
         stream = foreign.begin("/bigrpc/T.blocks", {"content-type": "application/json", "accept": "application/octet-stream"})
         foreign.h2.send_data(stream, b"[1000, 100000]", end_stream=True)
         foreign.flush()
-    (theirs,) = pair.server._all()
+    until(lambda: pair.server.connections)
+    theirs = pair.server_connection()
     until(lambda: theirs.transport._writers or theirs.transport._pollers)
     assert pair.call("add", 1, 2) == 3
     assert theirs._connection.out_bytes < OUTBOX_HIGH + 300_000
@@ -1786,10 +1793,10 @@ def inject(transport: Any, faults: Faults) -> None:
             if faults.kind == "reset":
                 raise ConnectionResetError(104, "Connection reset by peer")
             if faults.kind == "end":
-                return 0
-            if faults.kind == "short":
-                return int(read(1, buffer[:1]))
-            raise ssl.SSLWantReadError
+                socket.socket.shutdown(transport._sock, socket.SHUT_RD)  # Past TLS: as if the peer had closed.
+            if faults.kind == "blocked":
+                raise ssl.SSLWantReadError
+            # TLS reads are short at the end of a record only.
         return int(read(size, buffer))
 
     def faulty_write(data: Any) -> int:
@@ -1813,22 +1820,26 @@ def script(pair: Pair) -> None:
     assert pair.call("add", 1, 2, timeout=2.0) == 3
     calls = [pair.submit("add", i, 1, timeout=2.0) for i in range(5)]
     assert [call.result(2.0) for call in calls] == [1, 2, 3, 4, 5]
-    assert pair.call("make", 100_000, timeout=2.0) == bytes(100_000)
-    assert pair.call("echo", bytes(300_000), timeout=2.0) == bytes(300_000)
+    assert pair.call("make", 70_000, timeout=2.0) == bytes(70_000)
+    assert pair.call("echo", bytes(70_000), timeout=2.0) == bytes(70_000)
     assert list(pair.stream("count", 3, timeout=2.0)) == [0, 1, 2]
-    assert pair.call("read", "n", Stream([bytes(100_000)] * 2), timeout=2.0) == ("n", 200_000)
+    assert pair.call("read", "n", Stream([bytes(10_000)] * 2), timeout=2.0) == ("n", 20_000)
 
 
 @pytest.mark.parametrize("end", ["client", "server"])
-@pytest.mark.parametrize("kind", ["error", "reset", "end", "short", "blocked"])
-def test_any_operation_may_fail(service: Service, end: str, kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("kinds", [("error", "reset"), ("end",), ("short", "blocked")])
+def test_any_operation_may_fail(
+    service: Service, end: str, kinds: tuple[str, ...], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In sqlite's manner: the first operation on the socket fails, then the second, … until the script passes untouched."""
+    monkeypatch.setattr(transport_module, "LAST_WORDS", 0.002)  # There will be none.
     pair = Pair(service)
     for n in range(1, 1000):
         assert pair.call("add", 1, 1) == 2
         connection: Any = pair.client._connection
         until(lambda: len(pair.server._all()) == 1)
         theirs = pair.server_connection()
+        kind = kinds[n % len(kinds)]
         faults = Faults(n, kind)
         inject(connection.transport if end == "client" else theirs.transport, faults)
         started = time.monotonic()

@@ -585,6 +585,8 @@ class ItemStream(Iterator[Any]):
                 self._ready.extend(self._items.feed(chunk))
         if not self._ready:
             raise StopIteration
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            raise self._too_late()
         body = self._ready.pop(0)
         return self._connection._codec.decode(body.pickle, body.buffers)
 
@@ -598,10 +600,13 @@ class ItemStream(Iterator[Any]):
             if exchange.inbox.ready():
                 return
             if not self._connection.transport.wait(pending, self._deadline):
-                self.close()
-                raise CallTimeout(pending.method, self._connection.address, self._timeout)
+                raise self._too_late()
             if self._connection.closed is not None:
                 exchange.inbox.wait(1.0)  # `on_closed` is on its way to it.
+
+    def _too_late(self) -> CallTimeout:
+        self.close()
+        return CallTimeout(self._exchange.pending.method, self._connection.address, self._timeout)
 
     def close(self) -> None:
         """Close the generator on the far side; further iteration ends. Idempotent."""

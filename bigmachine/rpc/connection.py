@@ -37,6 +37,7 @@ import h2.exceptions
 import h2.settings
 
 from .channel import CALL, Message, MessageError, Messages
+from .channel import HEADER as MESSAGE_HEADER
 
 Headers = Sequence[tuple[str, str]]
 
@@ -275,8 +276,19 @@ class Connection:
             return None
         machine.outbound_flow_control_window -= total
         stream.outbound_flow_control_window -= total
+        if total > machine.max_outbound_frame_size:  # Somebody else's client: ours take four times the largest message.
+            return self._frames(MESSAGE_HEADER.pack(size, kind, number) + b"".join(parts))
         head = _HEADERS.pack(total >> 16, total & 0xFFFF, _DATA, 0, self.channel, size, kind, number)
         return b"".join((head, *parts))
+
+    def _frames(self, data: bytes) -> bytes:
+        """`data` as DATA frames of the channel, one behind the other."""
+        limit = self._h2.max_outbound_frame_size
+        frames = []
+        for start in range(0, len(data), limit):
+            piece = data[start : start + limit]
+            frames.append(_HEADER.pack(len(piece) >> 16, len(piece) & 0xFFFF, _DATA, 0, self.channel) + piece)
+        return b"".join(frames)
 
     def call_message(self, number: int, timeout: float, method: bytes, pickle: bytes) -> bytes | None:
         """`message` for a `CALL` without buffers, in one go: it is on the path of every small call."""
@@ -285,6 +297,8 @@ class Connection:
         machine, stream = self._h2, self._channel_stream
         if machine.outbound_flow_control_window < total or stream.outbound_flow_control_window < total:
             return None
+        if total > machine.max_outbound_frame_size:
+            return None  # `message` cuts it.
         machine.outbound_flow_control_window -= total
         stream.outbound_flow_control_window -= total
         head = _CALL_HEADERS.pack(

@@ -164,7 +164,7 @@ class Watch:
             try:
                 self._reactor._poller.arm(self.fd, events)
             except (OSError, ValueError):
-                if not self._reactor.closed:  # Nobody would call back.
+                if not self.closed and not self._reactor.closed:  # Else it has just ended: nobody is to be called back.
                     raise
 
     def disarm(self) -> None:

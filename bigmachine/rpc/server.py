@@ -7,6 +7,7 @@ have to wait for its client (large payloads, streams of items) runs on a worker 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import json
@@ -437,6 +438,7 @@ class ServerConnection:
                 take = min(request.body.left, len(data))
                 copy_into(request.body, data[:take])
                 data = data[take:]
+                self._consumed(event.stream, take)
                 if not request.body.left and request.inbox is not None:
                     self._start(request)
             if not data:
@@ -445,7 +447,7 @@ class ServerConnection:
                 request.inbox.feed(data, len(data))
                 return
             request.raw += data
-            self._consumed(event.stream, event.size)
+            self._consumed(event.stream, len(data))
             if len(request.raw) > MAX_UNANNOUNCED:
                 self._requests.pop(request.stream, None)
                 self._respond_text(request.stream, 413, f"more than {MAX_UNANNOUNCED} bytes without a bigm-layout")
@@ -599,11 +601,16 @@ class ServerConnection:
             self._head(stream, 200, _items_type(request, raw))
         with transport.lock:
             if failure is not None:
-                data = encode_failure(failure, self._server.codec)
-                trailer = reduce_failure(data, MAX_TRAILER) if len(data) > MAX_TRAILER else data
+                trailer = self._trailer(request, failure)
                 self._connection.send_headers(stream, [("bigm-error", b64encode(trailer).decode())], end=True)
             self._connection.finish(stream)
             transport.flush()
+
+    def _trailer(self, request: _Request, failure: BaseException) -> bytes:
+        if request.content_type == JSON:
+            return _json_failure(failure)[:MAX_TRAILER]
+        data = encode_failure(failure, self._server.codec)
+        return reduce_failure(data, MAX_TRAILER) if len(data) > MAX_TRAILER else data
 
     def _item_parts(self, request: _Request, item: Any, raw: bool) -> list[Any]:
         if raw:
@@ -698,11 +705,22 @@ def _json_arguments(name: str, raw: bytearray) -> tuple[tuple[Any, ...], dict[st
     return (value,), {}
 
 
+def _plain(value: Any) -> Any:
+    """The JSON form of what has none: of the figures that bigmachine's own services return."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    raise TypeError(f"Object of type {type(value).__qualname__} is not JSON serializable")
+
+
 def _to_json(value: Any, what: str) -> bytes:
     try:
-        return json.dumps(value).encode()
+        return json.dumps(value, allow_nan=False, default=_plain).encode()
     except (TypeError, ValueError) as error:
         raise TypeError(f"{what} has no JSON form: {error}; call it with pickle") from None
+
+
+def _json_failure(error: BaseException) -> bytes:
+    return json.dumps({"error": {"type": type(error).__qualname__, "message": str(error)}}).encode()
 
 
 def _bad_arguments(method: Method, args: Any, kwargs: Any, error: BaseException) -> BaseException:
@@ -819,8 +837,6 @@ class Server:
             event_loop = self._event_loop
         for handshake in handshakes:
             handshake.end("the server is closed")
-        if event_loop is not None:
-            event_loop.close()
         for connection in self._all():
             if abort:
                 connection.transport.abort()
@@ -829,6 +845,8 @@ class Server:
                     connection._connection.close(0, reason)
                     connection.transport.flush()
                 connection.transport.fail(Closed(reason))
+        if event_loop is not None:
+            event_loop.close()  # After the connections: what is cancelled by it is not to be answered.
 
     @property
     def connections(self) -> int:

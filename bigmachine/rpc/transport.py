@@ -62,6 +62,10 @@ SEND_STALL = 60.0
 where the machine is gone; this is for a peer that stopped reading."""
 
 
+LAST_WORDS = 0.1
+"""Seconds that the reader has, when writing has failed, to find out why: what explains it has mostly arrived before that."""
+
+
 class Closed(Exception):
     """The connection has ended; the text says why."""
 
@@ -166,6 +170,7 @@ class Transport:
         self._pending = sock.pending
         self._write = sock.write
         self._deferred = 0
+        self._failing = False  # Writing has failed.
         self._ended = False
         with self.lock:  # A worker may be on its way that woke for another user of the same descriptor.
             self._watch: Watch = reactor.watch(self._fd, self._on_ready)
@@ -234,9 +239,7 @@ class Transport:
                     return
                 self._writers.append(waiter)
                 self.flush()
-            until = time.monotonic() + SEND_STALL
-            if not self.wait(waiter, until if deadline is None else min(until, deadline)) and time.monotonic() >= until:
-                self.fail(Closed(f"the peer has not opened the window of the call channel for {SEND_STALL:g} s"))
+            self.wait(waiter, deadline)  # As long as it takes: the far side runs what it has, and is alive.
 
     def _linger(self) -> None:
         self._lingering = True
@@ -317,8 +320,8 @@ class Transport:
         now = time.monotonic()
         if deadline is not None and now >= deadline:
             return False
-        until = now + SEND_STALL if deadline is None else min(deadline, now + SEND_STALL)
         if window > 0:
+            until = now + SEND_STALL if deadline is None else min(deadline, now + SEND_STALL)
             with self.lock:
                 if self.closed is not None:
                     return True
@@ -338,8 +341,7 @@ class Transport:
             if self.closed is not None or self.connection.window(stream) != 0:
                 return True
             self._writers.append(waiter)
-        if not self.wait(waiter, until) and until != deadline:
-            self.fail(Closed(f"the peer has not opened the window of a stream for {SEND_STALL:g} s"))
+        self.wait(waiter, deadline)  # As long as it takes: a consumer may pause, and the connection is in use by others.
         return True
 
     def _stop_polling(self, writable: bool) -> None:
@@ -590,10 +592,14 @@ class Transport:
 
     def _fail_later(self, error: BaseException) -> None:
         """From under the lock: `fail` takes it, and tells others."""
-        closed = _closed(error)
         self.connection.out.clear()
         self._blocked = True
-        self._reactor.execute(lambda: self.fail(closed))
+        if not self._failing:
+            self._failing = True
+            closed = _closed(error)
+            # Whoever reads finds the end too, and before it what the peer had to say: answers, or why it hung up.
+            self._reactor.call_later(LAST_WORDS, lambda: self.fail(closed))
+            self._arm()
 
     def fail(self, closed: Closed) -> None:
         """End the connection, because of `closed`; the first reason counts."""
@@ -649,7 +655,7 @@ def _closed(error: BaseException) -> Closed:
     if isinstance(error, ConnectionFailed):
         return Closed(str(error))
     if isinstance(error, ssl.SSLError):
-        return Closed(f"TLS: {error.reason or error}")
+        return Closed(f"TLS: {getattr(error, 'reason', None) or error}")
     if isinstance(error, ConnectionResetError):
         return Closed("the peer reset the connection")
     if isinstance(error, BrokenPipeError):
