@@ -121,6 +121,17 @@ class Credentials:
             "ca": self.ca.decode("ascii"),
         }
 
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``ca.pem``, ``cert.pem`` and ``key.pem`` into `folder`, for a program such as ``curl`` that reads them there.
+
+        The one case in which a private key goes to disk: at the user's word, and readable by him alone. Raises OSError,
+        where a file exists already, too.
+        """
+        for name, data in (("ca.pem", self.ca), ("cert.pem", self.certificate), ("key.pem", self.key)):
+            fd = os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(fd, "wb") as file:
+                file.write(data)
+
     @classmethod
     def from_json(cls, fields: dict[str, str]) -> Credentials:
         """The inverse of `to_json`. Raises `KeyError` for a missing field, `BadIdentity` for a malformed identity."""

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, Protocol
 
 from .boot import Boot, Services
@@ -39,7 +40,7 @@ TAIL = 40
 class Issuer(Protocol):
     """Who can make credentials: `authority.Authority`, on the driver."""
 
-    def issue(self, role: Role, name: str) -> Credentials: ...
+    def issue(self, role: Role, name: str, *, lifetime: timedelta | None = None) -> Credentials: ...
 
 
 class Fleet:
@@ -72,6 +73,10 @@ class Fleet:
         owned = [Owned(id, self, write, encoded) for id in _new_ids(n, taken)]
         threading.Thread(target=_launch, args=(self, program, owned), name="bigmachine-launch", daemon=True).start()
         return owned
+
+    def guest(self, lifetime: float) -> Credentials:
+        """See `Session.credentials`."""
+        return self.issuer.issue(Role.DRIVER, f"guest-{secrets.token_hex(3)}", lifetime=timedelta(seconds=lifetime))
 
     def _encode(self, services: Mapping[str, object]) -> bytes:
         codec = self.network.codec

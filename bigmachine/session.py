@@ -5,11 +5,13 @@ What it takes to own machines (`fleet`) is not imported here: a service's proces
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TextIO
 
+from .credentials import Credentials
 from .errors import UsageError
 from .machine import Machine, Network
 
@@ -38,6 +40,7 @@ class Session:
         self._owned: list[Owned] = []
         self._dialled: dict[str, Machine] = {}
         self._closed = False
+        self._process = os.getpid()
 
     # -- Machines ----------------------------------------------------------------------------------------------------
 
@@ -65,6 +68,15 @@ class Session:
             self._owned.extend(new)
         return [owned.machine for owned in new]
 
+    def credentials(self, lifetime: float = 3600.0) -> Credentials:
+        """Credentials with the driver's rights, for other HTTP/2 clients (``curl``), good for `lifetime` seconds.
+
+        ``write(folder)`` on them makes the files that such clients want. Raises `UsageError` in a service.
+        """
+        if self._fleet is None:
+            raise UsageError("only the driver has credentials to give")
+        return self._fleet.guest(lifetime)
+
     def dial(self, addr: str) -> Machine:
         """A handle on the machine at `addr`, whoever owns it; the same for the same address. Raises `UsageError` on what
         is no address; whether the machine is there shows when it is called."""
@@ -86,7 +98,9 @@ class Session:
 
     def shutdown(self) -> None:
         """End every machine of the session, at the same time; returns when they are gone and their output is written.
-        Idempotent."""
+        Idempotent. Without effect in a fork of the driver: it has copies of everything, but nothing is its own."""
+        if os.getpid() != self._process:
+            return
         with self._lock:
             self._closed = True
             owned = list(self._owned)

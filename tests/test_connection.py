@@ -578,7 +578,9 @@ def test_goaway_says_which_streams_did_not_run() -> None:
     assert second > first
 
 
-@pytest.mark.parametrize("frame", [struct.pack(">BHBBI", 0, 4, 7, 0, 0) + b"abcd", struct.pack(">BHBBIII", 0, 8, 7, 0, 1, 0, 0)])
+@pytest.mark.parametrize(
+    "frame", [struct.pack(">BHBBI", 0, 4, 7, 0, 0) + b"abcd", struct.pack(">BHBBIII", 0, 8, 7, 0, 1, 0, 0)]
+)
 def test_malformed_goaway(frame: bytes) -> None:
     pair = Pair()
     with pytest.raises(ConnectionFailed, match="GOAWAY"):

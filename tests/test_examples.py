@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -27,8 +26,6 @@ import pytest
 import bigmachine
 import bigmachine.rpc
 from bigmachine.address import parse_address
-from bigmachine.authority import Authority
-from bigmachine.credentials import Credentials, Role
 from bigmachine.testing import TestSystem
 
 ROOT = Path(__file__).parent.parent
@@ -296,25 +293,14 @@ def _speaks_http2() -> bool:
 
 
 @pytest.mark.skipif(not _speaks_http2(), reason="there is no curl that speaks HTTP/2")
-def test_the_curl_line_of_the_specification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_curl_line_of_the_specification(tmp_path: Path) -> None:
     """As it stands there, but for the machine's id and port."""
     found = re.search(r"^    (curl .*?)\\\n(.*)$", bigmachine.rpc.__doc__ or "", re.MULTILINE)
     assert found is not None
-    issued: dict[Role, Credentials] = {}
-    issue = Authority.issue
-
-    def remember(self: Authority, role: Role, *args: Any, **kwargs: Any) -> Credentials:
-        issued[role] = issue(self, role, *args, **kwargs)
-        return issued[role]
-
-    monkeypatch.setattr(Authority, "issue", remember)
     with bigmachine.start(TestSystem()) as b:
         (machine,) = b.start(1, {"PI": PI()})
         machine.wait(timeout=PATIENCE)
-        driver = issued[Role.DRIVER]
-        (tmp_path / "ca.pem").write_bytes(driver.ca)
-        (tmp_path / "driver.pem").write_bytes(driver.certificate)
-        (tmp_path / "driver.key").write_bytes(driver.key)
+        b.credentials().write(tmp_path)
         _, port, id = parse_address(machine.addr)
         command = "".join(found.groups()).replace("localhost:42409", f"localhost:{port}").replace("m-7f3a9c", id)
         assert str(port) in command

@@ -75,12 +75,12 @@ def marked(mark: str) -> list[psutil.Process]:
 class Driver:
     """A program of a user, running."""
 
-    def __init__(self, directory: Path, body: str, *args: str, header: str = HEADER) -> None:
+    def __init__(self, directory: Path, body: str, *args: str, warnings: str = "error") -> None:
         self.mark = secrets.token_hex(8)
         script = directory / f"driver_{self.mark}.py"
-        script.write_text(header + textwrap.dedent(body))
+        script.write_text(HEADER + textwrap.dedent(body))
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", str(script), *args],
+            [sys.executable, "-W", warnings, str(script), *args],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -156,8 +156,8 @@ def run(tmp_path: Path) -> Iterator[Callable[..., Driver]]:
     """Start a driver; whatever is left of it at the end of the test is killed."""
     drivers = []
 
-    def start(body: str, *args: str, header: str = HEADER) -> Driver:
-        drivers.append(Driver(tmp_path, body, *args, header=header))
+    def start(body: str, *args: str, warnings: str = "error") -> Driver:
+        drivers.append(Driver(tmp_path, body, *args, warnings=warnings))
         return drivers[-1]
 
     yield start
@@ -267,6 +267,24 @@ def test_a_driver_may_start_sessions_again_and_again(run: Callable[..., Driver])
     )
     assert program.end() == 0, program.transcript()
     assert program.stdout == ["True", "True", "True"]
+    assert not marked(program.mark)
+
+
+def test_a_fork_of_the_driver_that_ends_ends_no_machine(run: Callable[..., Driver]) -> None:
+    program = run(
+        """
+        b = driver.start()
+        with driver.start() as c:
+            (m,), (n,) = b.start(1, {"T": Trouble()}), c.start(1, {"T": Trouble()})
+            m.wait(); n.wait()
+            fork = os.fork()
+            if not fork: sys.exit(7)
+            print(os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]), m.call("T.pid") > 0, n.call("T.pid") > 0)
+        """,
+        warnings="ignore",
+    )
+    assert program.end() == 0, program.transcript()
+    assert program.stdout == ["7 True True"]
     assert not marked(program.mark)
 
 

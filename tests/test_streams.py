@@ -239,9 +239,9 @@ def test_large_chunks() -> None:
 
 @pytest.mark.parametrize("read", [lambda file: file.read(), lambda file: list(file), lambda file: file.read(1000)])
 def test_error_while_reading(read: Callable[[io.BufferedReader], object]) -> None:
-    with incoming_file(Feeder([b"some"], ConnectionError("driver s-1 gave the call up")).inbox) as file:
-        with pytest.raises(OSError, match="gave the call up"):
-            read(file)
+    error = ConnectionError("driver s-1 gave the call up")
+    with incoming_file(Feeder([b"some"], error).inbox) as file, pytest.raises(OSError, match="gave the call up"):
+        read(file)
 
 
 def test_consumption_is_told_as_the_method_reads() -> None:

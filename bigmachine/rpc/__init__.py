@@ -142,11 +142,10 @@ Another client
 It needs the session's CA, a certificate of the session with its key, TLS 1.3, SNI and HTTP/2. The JSON form then makes ``curl``
 a debugger, with the machine's id and port as in its address:
 
-    curl --http2 --cacert ca.pem --cert driver.pem --key driver.key --connect-to ::localhost:42409 \\
+    curl --http2 --cacert ca.pem --cert cert.pem --key key.pem --connect-to ::localhost:42409 \\
          -H 'content-type: application/json' -d '[1000000]' https://0.m-7f3a9c.bigmachine/bigrpc/PI.sample
 
-The three files are what `credentials.Credentials` holds, as `authority.Authority.issue` makes them. A session keeps its
-authority to itself; there is no public way yet to have it issue a certificate to somebody else.
+``b.credentials().write(folder)`` on the driver's session makes the three files.
 
 A body with a ``content-length`` (``curl`` sends one) should come without a `bigm-layout`. Unpickling is execution, at both
 ends: the parties of a session trust each other.
