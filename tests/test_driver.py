@@ -131,7 +131,9 @@ def test_a_system_that_a_package_registers(monkeypatch: pytest.MonkeyPatch) -> N
     bad = EntryPoint("broken", "no_such_module:Launcher", "bigmachine.systems")
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: (good, bad))
     assert find_system("mine") is TestLauncher
-    with pytest.raises(UsageError, match=r"system 'broken' \(no_such_module:Launcher\) cannot be loaded: No module named"):
+    with pytest.raises(
+        UsageError, match=r"system 'broken' \(no_such_module:Launcher\) cannot be loaded: No module named"
+    ):
         find_system("broken")
     with pytest.raises(UsageError, match="there are broken, local, mine, test"):
         find_system("other")

@@ -141,7 +141,9 @@ def test_a_machine_is_not_sent(machine: Machine) -> None:
         machine.__reduce__()
 
 
-@pytest.mark.parametrize("address", ["", "localhost:1", "http://localhost:1/m-1/", "https://localhost/m-1/", "https://h:1/"])
+@pytest.mark.parametrize(
+    "address", ["", "localhost:1", "http://localhost:1/m-1/", "https://localhost/m-1/", "https://h:1/"]
+)
 def test_what_is_no_address(machine: Machine, address: str) -> None:
     with pytest.raises(UsageError, match="not a machine's address"):
         Machine.dialled(address, machine._network)
@@ -180,7 +182,5 @@ def test_figures_add_up() -> None:
             setattr(stats, figure, n)
     merge_stats(total, {"A.f": first, "A.g": first})
     merge_stats(total, {"A.f": second})
-    assert vars(total["A.f"]) == {
-        figure: 5 if figure.startswith("max_") else 8 for figure in vars(first)
-    }
+    assert vars(total["A.f"]) == {figure: 5 if figure.startswith("max_") else 8 for figure in vars(first)}
     assert vars(total["A.g"]) == vars(first)

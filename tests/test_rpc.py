@@ -249,6 +249,7 @@ class Service:
     async def async_forever(self) -> AsyncIterator[int]:
         try:
             yield 1
+            self.started.release()
             await asyncio.sleep(SOON)
             yield 2
         except asyncio.CancelledError:
@@ -787,6 +788,7 @@ def test_closing_the_iterator_closes_the_generator(pair: Pair, service: Service,
 def test_closing_the_iterator_of_an_async_generator(pair: Pair, service: Service) -> None:
     stream = pair.stream("async_forever")
     assert next(stream) == 1
+    assert service.started.acquire(timeout=SOON)
     stream.close()  # It waits for what will not come: a cancellation is what reaches it.
     service._wait_for_note("cancelled")
 
@@ -1050,6 +1052,7 @@ def test_64_threads(pair: Pair) -> None:
 
 def test_threads_with_and_without_timeouts(pair: Pair, service: Service) -> None:
     """Leaders that give up hand the reading on."""
+    pair.call("add", 1, 2)
     failures: list[object] = []
     stop = threading.Event()
 

@@ -226,7 +226,16 @@ def test_output_is_written_in_whole_lines(spoken: tuple[Owned, io.StringIO]) -> 
     say(("output", 0, "stdout", b"o\n\nthree\n"))
     say(("log", "closed a connection"))
     say(("output", 0, "stderr", b"or\n"))
-    assert lines(spoken) == ["one", "another process", "two", "", "three", "bigmachine: closed a connection", "error", ""]
+    assert lines(spoken) == [
+        "one",
+        "another process",
+        "two",
+        "",
+        "three",
+        "bigmachine: closed a connection",
+        "error",
+        "",
+    ]
 
 
 def test_characters_that_are_cut_in_two(spoken: tuple[Owned, io.StringIO]) -> None:

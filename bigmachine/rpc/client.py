@@ -46,7 +46,7 @@ from .connection import MAX_STREAMS, Connection, ConnectionFailed, Data, Ended, 
 from .failures import decode_failure
 from .reactor import Reactor
 from .stats import Stats
-from .streams import Body, Inbox, Items, Stream, layout, parse_layout
+from .streams import Body, Inbox, Items, Stream, copy_into, layout, parse_layout
 from .transport import Closed, Transport, handshake
 
 CONNECT_TIMEOUT = 20.0
@@ -508,17 +508,6 @@ class ClientConnection:
             raise decode_failure(failure, method=pending.method, address=self.address, codec=self._codec)
 
         return outcome
-
-
-def copy_into(body: Body, data: bytes | bytearray) -> None:
-    """Bytes that had arrived before the memory was there. More than was announced is dropped."""
-    view = memoryview(data)
-    while body.left and view:
-        target = body.view()
-        n = min(len(target), len(view))
-        target[:n] = view[:n]
-        body.advance(n)
-        view = view[n:]
 
 
 def _raiser(error: BaseException) -> Outcome:

@@ -94,6 +94,17 @@ class Body:
         return self.parts[1:]
 
 
+def copy_into(body: Body, data: bytes | bytearray) -> None:
+    """Bytes that had arrived before the memory was there. More than was announced is dropped."""
+    view = memoryview(data)
+    while body.left and view:
+        target = body.view()
+        n = min(len(target), len(view))
+        target[:n] = view[:n]
+        body.advance(n)
+        view = view[n:]
+
+
 def layout(pickle: bytes, buffers: Sequence[memoryview]) -> str:
     """The value of the header `bigm-layout`: the sizes in bytes of the pickle and of each buffer, in order."""
     return ",".join(str(len(part)) for part in (pickle, *buffers))

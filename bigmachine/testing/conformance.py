@@ -492,12 +492,16 @@ class Conformance:
             self.assert_gone(cluster, machine)
         with pytest.raises(MachineStopped):
             abandoned[0].result(SOON)
-        eventually(lambda: {process.pid for process in us.children(recursive=True)} <= before, "the end of all processes")
+        eventually(
+            lambda: {process.pid for process in us.children(recursive=True)} <= before, "the end of all processes"
+        )
 
     def assert_gone(self, cluster: Cluster, machine: Machine) -> None:
         """No thread, no connection, no listener of the machine's."""
         threads = [thread.name for thread in threading.enumerate() if machine.id in thread.name]
-        eventually(lambda: not any(machine.id in thread.name for thread in threading.enumerate()), f"the end of {threads}")
+        eventually(
+            lambda: not any(machine.id in thread.name for thread in threading.enumerate()), f"the end of {threads}"
+        )
         if machine.addr == machine.id:
             return  # It was never launched.
         assert cluster.launcher.ended(machine.id) is not None
@@ -522,7 +526,9 @@ class Conformance:
     # -- Trust -------------------------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("process", [None, 0])
-    def test_another_sessions_certificate_is_refused(self, machine: Machine, process: int | None, tmp_path: Path) -> None:
+    def test_another_sessions_certificate_is_refused(
+        self, machine: Machine, process: int | None, tmp_path: Path
+    ) -> None:
         method = "Supervisor.ping" if process is None else "Probe.echo"
         credentials = Authority("s-other").issue(Role.DRIVER, "s-other")
         stranger = Client(
@@ -539,7 +545,9 @@ class Conformance:
         assert machine.call("Probe.echo", 1) == 1
 
     @pytest.mark.parametrize("process", [None, 0])
-    def test_a_client_without_a_certificate_is_refused(self, machine: Machine, process: int | None, tmp_path: Path) -> None:
+    def test_a_client_without_a_certificate_is_refused(
+        self, machine: Machine, process: int | None, tmp_path: Path
+    ) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
