@@ -16,8 +16,9 @@ from .credentials import server_name
 from .errors import BigmachineError, MachineStopped, NotReady, RemoteTraceback, Unreachable, UsageError, WaitTimeout
 from .retry import Backoff
 from .rpc.calls import Call
-from .rpc.client import Client, ItemStream
+from .rpc.client import Client
 from .rpc.codec import Codec, Encoded
+from .rpc.items import ItemStream
 from .rpc.reactor import Reactor
 from .rpc.stats import MethodStats
 from .services import public_methods

@@ -1865,7 +1865,7 @@ def test_any_operation_may_fail(
             until(lambda: connection.closed is not None, f"{n}: nobody noticed")  # noqa: B023
             assert not connection._pendings
             until(lambda: not connection._exchanges)  # noqa: B023
-            until(lambda: not theirs._calls and not theirs._requests)  # noqa: B023
+            until(lambda: not theirs._calls and not theirs._requests._requests)  # noqa: B023
         if not happened:
             break
     assert n > 20, "the script has more operations than that"

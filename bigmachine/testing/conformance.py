@@ -30,7 +30,7 @@ from typing import Any
 import psutil
 import pytest
 
-from ..address import parse_address
+from ..address import format_address, parse_address
 from ..authority import Authority
 from ..credentials import Credentials, Role, client_context, server_name
 from ..errors import (
@@ -173,15 +173,11 @@ class Conformance:
         assert machine.next_keepalive is not None
         assert machine.next_keepalive > time.monotonic()
 
-    def test_the_first_contact_is_by_name(self, machine: Machine) -> None:
-        """Whoever is at the address but is another machine is refused."""
-        host, port, id = parse_address(machine.addr)
-        credentials = Authority("s-else").issue(Role.DRIVER, "s-else")
-        stranger = Client(
-            host, port, server_name(f"{id}x", None), client_context(credentials), Codec(), reactor(), address=""
-        )
+    def test_a_machine_is_found_by_its_name_too(self, cluster: Cluster, machines: list[Machine]) -> None:
+        """Where another machine has got the address, a call ends there."""
+        host, port, _ = parse_address(machines[0].addr)
         with pytest.raises(Unreachable):
-            stranger.call("Supervisor.ping", (), {}, SOON)
+            cluster.session.dial(format_address(host, port, machines[1].id)).call("Probe.echo", timeout=SOON)
 
     # -- Calls -------------------------------------------------------------------------------------------------------
 
