@@ -21,7 +21,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import BigmachineError, BootError, ProgramEnded, ProgramMismatch
+from .errors import BigmachineError, BootError, ProgramEnded, ProgramMismatch, Unreachable
 from .info import Info, python_version
 from .machine import Machine
 from .rpc.failures import decode_failure
@@ -38,6 +38,9 @@ DEADLINES: dict[str, float] = {
     SETUP: 3600.0,  # The user's own code: it may load a model.
 }
 """Seconds for each step."""
+
+NOTICE = 0.5
+"""Seconds in which a system that notices ends of machines has noticed one: it says more than a broken connection."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Boot:
     services: Services
     connected: Callable[[], None]
     console: Callable[[], str]
+    ended: Callable[[], str | None]
     decode: Any
     timeline: list[tuple[str, float]] = field(default_factory=list)
     _step: str = LAUNCH
@@ -110,6 +114,15 @@ class Boot:
             step = EXEC if self._step in (EXEC, REGISTER) else self._step
             return BootError(self.machine.addr, step, elapsed, error.reason, error.output)
         reason = str(error) or type(error).__name__
+        if isinstance(error, Unreachable):
+            reason = self._end() or reason
         if not isinstance(error, (BigmachineError, OSError, TimeoutError)):
             reason = f"{type(error).__name__}: {reason}"
         return BootError(self.machine.addr, self._step, elapsed, reason, self.console())
+
+    def _end(self) -> str | None:
+        """How the machine ended, where its system notices that soon."""
+        deadline = time.monotonic() + NOTICE
+        while (reason := self.ended()) is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return reason

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
-from .boot import Boot, Services
+from .boot import NOTICE, Boot, Services
 from .credentials import Credentials, Role
 from .errors import BigmachineError, MachineStopped, Unreachable, UsageError
 from .keepalive import LEASE, Keepalive
@@ -168,7 +168,13 @@ class Owned:
         """Boot on a thread."""
         self.ordered.set()
         boot = Boot(
-            self.machine, launched, self._services, self._connected, self._last_output, decode=self._network.codec
+            self.machine,
+            launched,
+            self._services,
+            self._connected,
+            self._last_output,
+            lambda: self._fleet.launcher.ended(self.machine.id),
+            self._network.codec,
         )
         self._fleet.launcher.on_end(self.machine.id, self._vanished)
         threading.Thread(target=self._boot, args=(boot,), name=f"bigmachine-boot-{self.machine.id}", daemon=True).start()
@@ -221,6 +227,8 @@ class Owned:
         def end() -> None:
             if self._reader is not None:
                 self._reader.join(READ_ON)
+            if self.machine.state < State.RUNNING:
+                self._begun.wait(2 * NOTICE)  # For the boot, which fails of it, and knows at which step.
             self.lost(MachineStopped(self.machine.addr, reason, sent=True))
 
         threading.Thread(target=end, name=f"bigmachine-lost-{self.machine.id}", daemon=True).start()

@@ -25,7 +25,7 @@ import psutil
 import pytest
 
 from bigmachine import State
-from bigmachine.errors import BootError, MachineStopped
+from bigmachine.errors import BootError, MachineStopped, RemoteError
 from bigmachine.machine import Machine
 from bigmachine.session import Session
 from bigmachine.system import Program
@@ -165,17 +165,17 @@ def run(tmp_path: Path) -> Iterator[Callable[..., Driver]]:
 # -- The driver's end ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("busy", ["idle", "holding the GIL", "forked"])
-def test_a_driver_that_is_killed_leaves_nothing(run: Callable[..., Driver], busy: str) -> None:
+@pytest.mark.parametrize("forked", [False, True], ids=["holding the GIL", "forked"])
+def test_a_driver_that_is_killed_leaves_nothing(run: Callable[..., Driver], forked: bool) -> None:
     program = run(
         """
         with driver.start(maxprocs=2) as b:
-            machines = b.start(2, {"T": Trouble()})
+            idle, busy = machines = b.start(2, {"T": Trouble()})
             for m in machines: m.wait(State.RUNNING)
-            if sys.argv[1] == "holding the GIL":
-                for m in machines: m.submit("T.hold", 60)
-                time.sleep(0.2)  # They begin to hold it; were they late, the test would only be easier.
-            if sys.argv[1] == "forked" and not os.fork():
+            if sys.argv[1] == "False":
+                busy.submit("T.hold", 60)
+                time.sleep(0.2)  # It begins to hold it; were it late, the test would only be easier.
+            elif not os.fork():
                 os.environ.clear()
                 os.write(1, b"fork %d\\n" % os.getpid())
                 time.sleep(30)
@@ -183,11 +183,11 @@ def test_a_driver_that_is_killed_leaves_nothing(run: Callable[..., Driver], busy
             print("ready", flush=True)
             time.sleep(60)
         """,
-        busy,
-        warnings="ignore" if busy == "forked" else "error",  # From 3.12 on Python warns of forks among threads.
+        str(forked),
+        warnings="ignore" if forked else "error",  # From 3.12 on Python warns of forks among threads.
     )
     program.await_line("ready")
-    fork = int(program.await_line("fork").split()[1]) if busy == "forked" else 0
+    fork = int(program.await_line("fork").split()[1]) if forked else 0
     assert len(marked(program.mark)) >= 5
     program.process.kill()
     program.process.wait(SOON)
@@ -198,7 +198,7 @@ def test_a_driver_that_is_killed_leaves_nothing(run: Callable[..., Driver], busy
             os.kill(fork, signal.SIGKILL)  # It is not one of ours, but was the driver's own.
 
 
-@pytest.mark.parametrize("how", ["interrupt", "exception", "exit"])
+@pytest.mark.parametrize("how", ["interrupt", "exception"])
 def test_a_driver_that_ends_leaves_nothing_and_prints_everything(run: Callable[..., Driver], how: str) -> None:
     program = run(
         """
@@ -209,7 +209,6 @@ def test_a_driver_that_ends_leaves_nothing_and_prints_everything(run: Callable[.
             calls = [m.submit("T.wait") for m in machines]
             print("ready", flush=True)
             if sys.argv[1] == "exception": raise RuntimeError("the driver's own")
-            if sys.argv[1] == "exit": sys.exit(5)
             calls[0].result()
         """,
         how,
@@ -218,7 +217,7 @@ def test_a_driver_that_ends_leaves_nothing_and_prints_everything(run: Callable[.
     if how == "interrupt":
         os.killpg(program.process.pid, signal.SIGINT)  # As a terminal does.
     code = program.end()
-    assert code == {"interrupt": -signal.SIGINT, "exception": 1, "exit": 5}[how], program.transcript()
+    assert code == (-signal.SIGINT if how == "interrupt" else 1), program.transcript()
     assert not marked(program.mark)
     for i in range(500):
         assert sum(f": line {i} of " in line for line in program.stderr) == 2
@@ -370,6 +369,15 @@ def cluster() -> Iterator[Cluster]:
         yield cluster
 
 
+@pytest.fixture(scope="module")
+def bystander() -> Iterator[tuple[Cluster, Machine]]:
+    """A cluster that several tests use, each for a machine of its own, and a machine that survives them all."""
+    cluster = Cluster(LocalLauncher(maxprocs=2))
+    with cluster.session:
+        yield cluster, start(cluster)[0]
+    assert_gone(cluster)
+
+
 def start(cluster: Cluster, n: int = 1) -> list[Machine]:
     """Machines of a service ``T`` that gets into trouble, running."""
     machines = cluster.start(n, {"T": trouble()}, environ={MARK: cluster.authority.session})
@@ -394,9 +402,10 @@ def assert_gone(cluster: Cluster) -> None:
     ids=["segmentation fault", "exit", "SIGKILL"],
 )
 def test_the_death_of_a_service_process_is_explained_at_once(
-    cluster: Cluster, method: str, args: tuple[int, ...], cause: str
+    bystander: tuple[Cluster, Machine], method: str, args: tuple[int, ...], cause: str
 ) -> None:
-    machine, other = start(cluster, 2)
+    cluster, other = bystander
+    (machine,) = start(cluster)
     pending = [machine.submit("T.wait") for _ in range(3)]
     started = time.monotonic()
     fatal = machine.submit(method, *args)
@@ -414,18 +423,15 @@ def test_the_death_of_a_service_process_is_explained_at_once(
     with pytest.raises(MachineStopped, match=cause):
         machine.call("T.nothing")
     assert other.call("T.nothing", 1) == 1
-    other.shutdown()
-    assert_gone(cluster)
 
 
-def test_a_service_process_that_is_killed_while_nobody_calls(cluster: Cluster) -> None:
-    (machine,) = start(cluster)
+def test_a_service_process_that_is_killed_while_nobody_calls(bystander: tuple[Cluster, Machine]) -> None:
+    (machine,) = start(bystander[0])
     os.kill(machine.call("T.pid"), signal.SIGKILL)
     machine.wait(State.STOPPED, 1.0)
     assert "was killed by SIGKILL" in str(machine.error)
     with pytest.raises(MachineStopped, match="was killed by SIGKILL"):
         machine.wait(State.RUNNING)
-    assert_gone(cluster)
 
 
 def test_another_machine_is_told_how_the_one_that_it_called_died(cluster: Cluster) -> None:
@@ -446,8 +452,10 @@ def test_another_machine_is_told_how_the_one_that_it_called_died(cluster: Cluste
         asking.call("Relay.ask", machine.addr, "T.exit", 3)
 
 
-def test_a_supervisor_that_is_killed_takes_all_with_it(cluster: Cluster) -> None:
-    machine, other = start(cluster, 2)
+def test_a_supervisor_that_is_killed_takes_all_with_it(bystander: tuple[Cluster, Machine]) -> None:
+    cluster, other = bystander
+    before = {process.pid for process in marked(cluster.authority.session)}
+    (machine,) = start(cluster)
     pending = machine.submit("T.wait")
     os.kill(machine.info().pid, signal.SIGKILL)
     machine.wait(State.STOPPED, 2.0)
@@ -455,8 +463,7 @@ def test_a_supervisor_that_is_killed_takes_all_with_it(cluster: Cluster) -> None
     with pytest.raises(MachineStopped):
         pending.result(1.0)
     assert other.call("T.nothing", 1) == 1
-    other.shutdown()
-    assert_gone(cluster)
+    eventually(lambda: {process.pid for process in marked(cluster.authority.session)} <= before, "the end of all")
 
 
 def test_nothing_is_left_of_what_services_start(cluster: Cluster) -> None:
@@ -479,43 +486,58 @@ def test_nothing_is_left_of_what_a_service_that_dies_has_started(cluster: Cluste
 # -- The program's end, before it serves ---------------------------------------------------------------------------------
 
 
-def boot_error(directory: Path, body: str) -> tuple[BootError, float]:
-    """How a machine ends that executes a program of `body`, and after how many seconds."""
-    script = directory / "program.py"
-    script.write_text("import os, sys, time\n" + textwrap.dedent(body))
+PROGRAMS = {
+    "raises": (
+        "def load():\n    raise RuntimeError('no licence')\nload()",
+        "exited with code 1",
+        "in load\n    raise RuntimeError('no licence')\nRuntimeError: no licence",
+    ),
+    "import": ("import no_such", "exited with code 1", "ModuleNotFoundError: No module named 'no_such'"),
+    "syntax": ("a syntax error", "exited with code 1", "SyntaxError"),
+    "ends": ("print('nothing to do')", "exited with code 0", "nothing to do"),
+    "exits": ("import sys; sys.exit('bye bye')", "exited with code 1", "bye bye"),
+    "aborts": ("import os; print('x', flush=True); os.abort()", "was killed by SIGABRT", "x"),
+    "no interpreter": ("", "cannot execute the program: No such file or directory: '/no/such/python'", ""),
+    "no directory": ("", "No such file or directory: '/no/such/directory'", ""),
+}
+"""Programs that never reach `driver.start()`: the source, how the process ends, what it says."""
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Machine]]:
+    """A machine for each of these programs, all started at once."""
+    directory = tmp_path_factory.mktemp("programs")
     cluster = Cluster(LocalLauncher())
     assert cluster.session._fleet is not None
-    cluster.session._fleet.program = Program((sys.executable, str(script)), cwd=str(directory))
-    started = time.monotonic()
+    machines = {}
     with cluster.session:
-        (machine,) = cluster.start(1, {"T": trouble()}, environ={MARK: cluster.authority.session})
-        with pytest.raises(BootError) as caught:
-            machine.wait(State.RUNNING, 20.0)
-        elapsed = time.monotonic() - started
-        with pytest.raises(MachineStopped, match="boot step 'exec'"):
-            machine.call("T.nothing")
+        for name, (source, _, _) in PROGRAMS.items():
+            script = directory / f"{name}.py"
+            script.write_text(source)
+            cluster.session._fleet.program = Program(
+                ("/no/such/python" if name == "no interpreter" else sys.executable, str(script)),
+                cwd="/no/such/directory" if name == "no directory" else str(directory),
+            )
+            (machines[name],) = cluster.start(1, {"T": trouble()}, environ={MARK: cluster.authority.session})
+        yield machines
     assert_gone(cluster)
-    return caught.value, elapsed
 
 
-@pytest.mark.parametrize(
-    ("body", "reason", "output"),
-    [
-        ("def load():\n    raise RuntimeError('no licence')\nload()", "exited with code 1", "in load\n    raise Runt"),
-        ("import no_such_module", "exited with code 1", "ModuleNotFoundError: No module named 'no_such_module'"),
-        ("print('nothing to do')", "exited with code 0", "nothing to do"),
-        ("sys.exit('bye bye')", "exited with code 1", "bye bye"),
-        ("print('x', flush=True); os.abort()", "was killed by SIGABRT", "x"),
-    ],
-    ids=["raises", "import", "ends", "exits", "aborts"],
-)
-def test_a_program_that_ends_before_driver_start(tmp_path: Path, body: str, reason: str, output: str) -> None:
-    error, elapsed = boot_error(tmp_path, body)
-    assert elapsed < SOON
-    assert error.step == "exec"
-    assert reason in error.reason
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_that_ends_before_driver_start(broken: dict[str, Machine], name: str) -> None:
+    _, reason, output = PROGRAMS[name]
+    with pytest.raises(BootError) as caught:
+        broken[name].wait(State.RUNNING, 20.0)
+    error = caught.value
+    assert reason in str(error)
     assert output in error.output
     assert output in str(error)
+    if not name.startswith("no "):
+        assert error.step == "exec"
+        assert reason in error.reason
+    assert error.elapsed < SOON
+    with pytest.raises(MachineStopped, match="failed at boot step"):
+        broken[name].call("T.nothing")
 
 
 def test_a_program_that_only_fails_on_machines_says_so_at_the_driver(run: Callable[..., Driver]) -> None:
@@ -533,59 +555,34 @@ def test_a_program_that_only_fails_on_machines_says_so_at_the_driver(run: Callab
     assert not marked(program.mark)
 
 
-def test_a_command_that_cannot_be_executed() -> None:
-    cluster = Cluster(LocalLauncher())
-    assert cluster.session._fleet is not None
-    cluster.session._fleet.program = Program(("/no/such/python", "app.py"))
-    with cluster.session:
-        (machine,) = cluster.start()
-        started = time.monotonic()
-        with pytest.raises(BootError, match="/no/such/python"):
-            machine.wait(State.RUNNING, 20.0)
-        assert time.monotonic() - started < SOON
+def bad_setup(how: str) -> Any:
+    class Bad:
+        def setup(self, b: Session) -> None:
+            print("setting up")
+            if how == "raises":
+                raise LookupError("no model")
+            if how == "exits":
+                sys.exit("cannot go on")
+            if how == "dies":
+                os._exit(9)
+            print("hanging")
+            time.sleep(60)
+
+    return Bad()
 
 
-def test_a_directory_that_does_not_exist() -> None:
-    cluster = Cluster(LocalLauncher())
-    assert cluster.session._fleet is not None
-    cluster.session._fleet.program = Program((sys.executable, "-c", "pass"), cwd="/no/such/directory")
-    with cluster.session:
-        (machine,) = cluster.start()
-        with pytest.raises(BootError, match="/no/such/directory"):
-            machine.wait(State.RUNNING, 20.0)
-
-
-@pytest.mark.parametrize("how", ["raises", "hangs", "exits", "dies"])
-def test_a_setup_that_goes_wrong(cluster: Cluster, how: str) -> None:
-    def bad(how: str) -> Any:
-        class Bad:
-            def setup(self, b: Session) -> None:
-                print("setting up")
-                if how == "raises":
-                    raise LookupError("no model")
-                if how == "exits":
-                    sys.exit("cannot go on")
-                if how == "dies":
-                    os._exit(9)
-                print("hanging")
-                time.sleep(60)
-
-        return Bad()
-
-    (machine,) = cluster.start(1, {"Bad": bad(how)}, environ={MARK: cluster.authority.session})
-    if how == "hangs":
-        eventually(lambda: "hanging" in cluster.session._owned[0]._last_output(), "the setup")
-        assert machine.state is State.STARTING
-    else:
-        with pytest.raises(
-            Exception, match={"raises": "no model", "exits": "cannot go on", "dies": "code 9"}[how]
-        ) as caught:
-            machine.wait(State.RUNNING, SOON)
-        if how == "raises":
-            assert type(caught.value) is LookupError
-        if how == "dies":
-            assert isinstance(caught.value, BootError)
-            assert caught.value.step == "setup"
+def test_setups_that_go_wrong(cluster: Cluster) -> None:
+    mark = {MARK: cluster.authority.session}
+    ways = ("raises", "exits", "dies", "hangs")
+    raises, exits, dies, hangs = (cluster.start(1, {"Bad": bad_setup(how)}, environ=mark)[0] for how in ways)
+    with pytest.raises(LookupError, match="no model"):
+        raises.wait(State.RUNNING, SOON)
+    with pytest.raises(RemoteError, match="SystemExit: cannot go on"):
+        exits.wait(State.RUNNING, SOON)
+    with pytest.raises(BootError, match=r"boot step 'setup' .* exited with code 9(.|\n)*setting up"):
+        dies.wait(State.RUNNING, SOON)
+    eventually(lambda: f"{hangs.addr}: hanging" in cluster.output.getvalue(), "the last setup")
+    assert hangs.state is State.STARTING
     started = time.monotonic()
     cluster.session.shutdown()
     assert time.monotonic() - started < SOON
@@ -611,15 +608,46 @@ def test_a_port_that_is_taken_is_named() -> None:
 # -- Leases --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_service_that_holds_the_interpreter_lock_keeps_its_machine() -> None:
-    lease = 1.0
-    cluster = Cluster(LocalLauncher(), lease=lease)
+@pytest.fixture(scope="module")
+def leased() -> Iterator[tuple[Machine, Machine, Machine]]:
+    """Machines with a lease of a second: in one the interpreter lock is held, one is not kept alive, one is suspended."""
+    cluster = Cluster(LocalLauncher(), lease=1.0)
     with cluster.session:
-        (machine,) = start(cluster)
-        assert machine.call("T.hold", 2.5) == 2.5
-        assert machine.state is State.RUNNING
-        assert max(machine.keepalive_reply_times) < lease
-        assert machine.call("T.nothing", 5) == 5
+        busy, silent, suspended = start(cluster, 3)
+        eventually(lambda: silent.keepalive_reply_times, "a keepalive")
+        busy.pending = busy.submit("T.hold", 2.5)  # type: ignore[attr-defined]
+        cluster.session._owned[1]._keepalive.stop()
+        suspended.pending = suspended.submit("T.wait")  # type: ignore[attr-defined]
+        supervisor = psutil.Process(suspended.info().pid)
+        supervisor.suspend()
+        try:
+            yield busy, silent, suspended
+        finally:
+            if supervisor.is_running():
+                supervisor.resume()
+    assert_gone(cluster)
+
+
+def test_a_service_that_holds_the_interpreter_lock_keeps_its_machine(leased: tuple[Machine, ...]) -> None:
+    machine = leased[0]
+    assert machine.pending.result(10.0) == 2.5  # type: ignore[attr-defined]
+    assert machine.state is State.RUNNING
+    assert max(machine.keepalive_reply_times) < 1.0
+    assert machine.call("T.nothing", 5) == 5
+
+
+def test_a_machine_whose_driver_is_silent_ends_itself(leased: tuple[Machine, ...]) -> None:
+    machine = leased[1]
+    machine.wait(State.STOPPED, 8.0)
+    assert "no keepalive from the driver for" in str(machine.error)
+
+
+def test_a_supervisor_that_does_not_answer_is_given_up(leased: tuple[Machine, ...]) -> None:
+    machine = leased[2]
+    machine.wait(State.STOPPED, 8.0)
+    assert "no keepalive reply" in str(machine.error)
+    with pytest.raises(MachineStopped, match="no keepalive reply"):
+        machine.pending.result(1.0)  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow
@@ -646,36 +674,6 @@ def test_a_service_that_holds_the_interpreter_lock_by_backtracking() -> None:
         assert machine.state is State.RUNNING
 
 
-def test_a_machine_whose_driver_is_silent_ends_itself() -> None:
-    cluster = Cluster(LocalLauncher(), lease=1.0)
-    with cluster.session:
-        (machine,) = start(cluster)
-        eventually(lambda: machine.keepalive_reply_times, "a keepalive")
-        cluster.session._owned[0]._keepalive.stop()
-        silent = time.monotonic()
-        machine.wait(State.STOPPED, 10.0)
-        assert time.monotonic() - silent < 8.0
-        assert "no keepalive from the driver for" in str(machine.error)
-        assert_gone(cluster)
-
-
-def test_a_supervisor_that_does_not_answer_is_given_up() -> None:
-    cluster = Cluster(LocalLauncher(), lease=1.0)
-    with cluster.session:
-        (machine,) = start(cluster)
-        pending = machine.submit("T.wait")
-        supervisor = psutil.Process(machine.info().pid)
-        supervisor.suspend()
-        try:
-            machine.wait(State.STOPPED, 8.0)
-            assert "no keepalive reply" in str(machine.error)
-            with pytest.raises(MachineStopped, match="no keepalive reply"):
-                pending.result(1.0)
-        finally:
-            supervisor.resume()
-        assert_gone(cluster)
-
-
 # -- Load ----------------------------------------------------------------------------------------------------------------
 
 
@@ -699,8 +697,8 @@ def test_many_calls_that_take_long(cluster: Cluster) -> None:
         return Slow()
 
     (machine,) = cluster.start(1, {"Slow": slow()})
-    calls = [machine.submit("Slow.nap", i) for i in range(300)]
-    assert [call.result(30.0) for call in calls] == list(range(300))
+    calls = [machine.submit("Slow.nap", i) for i in range(100)]
+    assert [call.result(30.0) for call in calls] == list(range(100))
 
 
 def test_a_reply_of_a_gibibyte(cluster: Cluster) -> None:
@@ -742,7 +740,7 @@ def test_lines_of_several_processes_stay_whole(run: Callable[..., Driver]) -> No
 
         with driver.start(maxprocs=3) as b:
             machines = b.start(2, {"T": Noisy()})
-            calls = [m.submit("T.noise", 1000) for m in machines for _ in range(3)]
+            calls = [m.submit("T.noise", 500) for m in machines for _ in range(3)]
             for call in calls: call.result()
         """
     )
@@ -750,40 +748,22 @@ def test_lines_of_several_processes_stay_whole(run: Callable[..., Driver]) -> No
     whole = re.compile(r"https://localhost:\d+/m-[0-9a-f]{6}/: line \d+ of \d+ x{300}")
     lines = [line for line in program.stderr if "service is set up" not in line]
     assert [line for line in lines if not whole.fullmatch(line)] == []
-    assert len(lines) == 6000
+    assert len(lines) == 3000
 
 
 def test_a_flood_of_output_waits_for_its_reader(run: Callable[..., Driver]) -> None:
-    """100 MB: neither the machine nor the driver may keep them all."""
+    """50 MB: neither the machine nor the driver may keep them all."""
     program = run(
         """
         with driver.start() as b:
             m, = b.start(1, {"T": Trouble()})
             m.wait()
             supervisor = m.info().pid
-            m.call("T.flood", 50_000, 2000)
+            m.call("T.flood", 25_000, 2000)
             import psutil
-            print(max(psutil.Process(pid).memory_info().rss for pid in (os.getpid(), supervisor)) < 150 << 20)
+            print(max(psutil.Process(pid).memory_info().rss for pid in (os.getpid(), supervisor)) < 120 << 20)
         """
     )
     assert program.end(30.0) == 0, program.transcript()[:2000]
     assert program.stdout == ["True"]
-    assert sum(" of " in line for line in program.stderr) == 50_000
-
-
-def test_an_unprintable_line_does_no_harm(run: Callable[..., Driver]) -> None:
-    program = run(
-        """
-        class Odd(Trouble):
-            def odd(self):
-                os.write(1, b"\\xff\\xfe \\xc3")
-                time.sleep(0.5)
-                os.write(1, b"\\xa9 end\\n")
-
-        with driver.start() as b:
-            m, = b.start(1, {"T": Odd()})
-            m.call("T.odd")
-        """
-    )
-    assert program.end() == 0, program.transcript()
-    assert any(line.endswith("\ufffd\ufffd é end") for line in program.stderr), program.transcript()
+    assert sum(" of " in line for line in program.stderr) == 25_000

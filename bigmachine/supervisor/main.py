@@ -17,7 +17,10 @@ def main() -> None:
     """Be a machine; ends the process."""
     machine, *argv = sys.argv[1:]
     processes = Processes(Program(argv, dict(os.environ), os.getcwd()))
-    processes.start()
+    try:
+        processes.start()
+    except OSError as error:
+        raise SystemExit(f"bigmachine: {error}") from None
     from .local import serve_local  # See the module: nothing that takes time comes before `start`.
 
     serve_local(machine, processes)
