@@ -100,7 +100,6 @@ class Services:
         self._methods: dict[str, Method] = {}
         self._names: dict[str, list[str]] = {}
         self._installed = False
-        self._closing = ""
         self.services: dict[str, object] = {}
         for name, service in builtin.items():
             self._add(name, service)
@@ -133,10 +132,6 @@ class Services:
         """There is nothing to install: this process only has what is built in."""
         self._installed = True
 
-    def close(self, reason: str) -> None:
-        """Refuse every further call with `reason`."""
-        self._closing = reason
-
     def find(self, name: str, caller: object) -> Method:
         """See `rpc.methods.Handler`."""
         method = self._methods.get(name)
@@ -146,8 +141,6 @@ class Services:
                 raise Forbidden(name, f"{caller} may not make calls")
             if name in self._owner_only:
                 raise Forbidden(name, f"only the session's driver may call it, not {caller}")
-        if self._closing:
-            raise NotReady(name, self._closing)
         if method is None:
             raise self._unknown(name)
         return method

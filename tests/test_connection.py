@@ -901,7 +901,7 @@ def test_messages(cut: Cut) -> None:
     expected = []
     for i, size in enumerate([0, 1, 9, 100, 40_000 if cut is not single else 400, 0, 3]):
         body = bytes([i]) * size
-        frame = pair.client.message(CALL, i, size, (body[:1], body[1:]))
+        frame = pair.client.message(CALL, i, (body[:1], body[1:]))
         assert frame is not None
         frames.append(frame)
         expected.append((CALL, i, body))
@@ -932,14 +932,14 @@ def test_message_that_does_not_fit_the_window() -> None:
     pair = channel_pair()
     body = bytes(60_000)
     frames = []
-    while (frame := pair.client.message(CALL, 1, len(body), (body,))) is not None:
+    while (frame := pair.client.message(CALL, 1, (body,))) is not None:
         frames.append(frame)
     assert len(frames) == STREAM_WINDOW // 60_009
-    assert pair.client.message(CALL, 1, 0, ()) is not None  # A smaller one does.
+    assert pair.client.message(CALL, 1, ()) is not None  # A smaller one does.
     transfer(pair, frames)
     pair.server.consumed(1, pair.server.messages_size)
     pair.exchange()
-    assert pair.client.message(CALL, 1, len(body), (body,)) is not None
+    assert pair.client.message(CALL, 1, (body,)) is not None
 
 
 def test_message_over_the_limit() -> None:

@@ -151,13 +151,6 @@ def test_before_the_services_are_there() -> None:
         handler.find("Process.nope", DRIVER)
 
 
-def test_after_the_end() -> None:
-    handler = served()
-    handler.close("the machine is stopping")
-    with pytest.raises(NotReady, match="the machine is stopping"):
-        handler.find("E.plain", DRIVER)
-
-
 def test_who_may_call_what() -> None:
     handler = served()
     for caller in (DRIVER, MACHINE):

@@ -316,7 +316,7 @@ def test_empty_chunk() -> None:
 
 
 def test_copy_into_drops_what_was_not_announced() -> None:
-    from bigmachine.rpc.client import copy_into
+    from bigmachine.rpc.streams import copy_into
 
     body = Body([2, 0, 3])
     copy_into(body, b"abc")

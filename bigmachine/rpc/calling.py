@@ -237,7 +237,7 @@ class ClientConnection:
             if self.transport.closed is not None:
                 return
             if self._pendings.pop(pending.number, None) is not None:
-                data = self._connection.message(CANCEL, pending.number, 0, ())
+                data = self._connection.message(CANCEL, pending.number, ())
                 if data is not None:
                     self.transport.send_now(data)
                 else:

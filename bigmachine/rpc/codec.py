@@ -79,6 +79,15 @@ class Encoded(NamedTuple):
         return len(self.pickle) + sum(buffer.nbytes for buffer in self.buffers)
 
 
+ATOMS = frozenset({int, float, bool, type(None)})
+"""Types of values that need no look at what they may contain."""
+
+
+def encode_simple(value: object) -> Encoded:
+    """A value that is made of `ATOMS` alone."""
+    return tuple.__new__(Encoded, (pickle.dumps(value, PROTOCOL), [], []))
+
+
 class Codec:
     """Encodes and decodes values; one serves a whole process, its threads included.
 
@@ -109,9 +118,15 @@ class Codec:
     def encode_call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Encoded:
         """Encode the pair `(args, kwargs)`. Raises `NotPicklable`, which names the argument, counted from 1."""
         try:
+            simple = not kwargs
             for arg in chain(args, kwargs.values()) if kwargs else args:
-                if type(arg) in _RAW_TYPES and len(arg) >= RAW:
-                    return self._encode(_lift(args, kwargs), method)
+                kind = type(arg)
+                if kind not in ATOMS:
+                    if kind in _RAW_TYPES and len(arg) >= RAW:
+                        return self._encode(_lift(args, kwargs), method)
+                    simple = False
+            if simple:
+                return encode_simple((args, kwargs))
             return self._encode((args, kwargs), method)
         except Exception as error:
             named: Iterator[tuple[object, object]] = chain(enumerate(args, 1), kwargs.items())

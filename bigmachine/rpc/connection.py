@@ -267,9 +267,12 @@ class Connection:
             raise ConnectionFailed(str(error)) from error
         self.messages_size += len(data)
 
-    def message(self, kind: int, number: int, size: int, parts: tuple[bytes | bytearray | memoryview, ...]) -> bytes | None:
-        """The bytes of a DATA frame that holds one message (see `channel`) with a body of `size` bytes, to be sent next.
-        None where the channel's window has no room for it."""
+    def message(self, kind: int, number: int, parts: tuple[bytes | bytearray | memoryview, ...]) -> bytes | None:
+        """The bytes of a DATA frame that holds one message (see `channel`) with `parts` as its body, to be sent next. None
+        where the channel's window has no room for it."""
+        size = 0
+        for part in parts:
+            size += len(part)
         total = size + 9
         machine, stream = self._h2, self._channel_stream
         if machine.outbound_flow_control_window < total or stream.outbound_flow_control_window < total:

@@ -41,7 +41,7 @@ def invoke(
     kwargs: dict[str, Any] = {}
     try:
         try:
-            args, kwargs = codec.decode(pickle, buffers, streams=streams)
+            args, kwargs = codec.decode(pickle, buffers, streams)
         except BaseException as error:  # Users' classes take part in decoding: they may raise anything.
             return None, NotRun(method.name, f"the arguments cannot be decoded: {error}")
         return method.function(*args, **kwargs), None

@@ -12,12 +12,11 @@ import ssl
 import time
 from collections import deque
 from collections.abc import Callable
-from pickle import dumps
 from typing import Any, Protocol
 
 from ..errors import BadArguments, CallRefused
 from . import channel
-from .codec import Encoded
+from .codec import ATOMS, Encoded, encode_simple
 from .connection import Connection, ConnectionFailed, Data, Ended, Event, Filled, GoneAway, Headed, Reset
 from .failures import encode_failure, reduce_failure
 from .invoke import NotRun, Serves, invoke, start_async
@@ -29,10 +28,8 @@ from .transport import Closed, Transport
 REPLY_DELAY = 0.0002
 """Seconds for which the reply of a fast call may wait for those of others that arrived with it, to share a TLS record."""
 
-_ATOMS = frozenset({int, float, bool, type(None)})
-"""Types of small results that need no look at what they may contain."""
-
-_NOTHING: list[Any] = []
+MAX_METHODS = 1000
+"""Methods that a connection remembers."""
 
 _CANCELLED = CallContext("", "", None, True)
 
@@ -54,6 +51,7 @@ class ServerConnection:
         self._inbox: deque[channel.Message] = deque()
         self._calls: dict[int, CallContext | None] = {}  # Calls of the channel that have not been answered.
         self._large: dict[int, Encoded] = {}
+        self._methods: dict[bytes, Method] = {}
         self._oldest_reply = math.inf
         self.transport = Transport(sock, self._connection, server.reactor, self, leads=False)
         self._requests = Requests(caller, self._connection, self.transport, server)
@@ -120,9 +118,7 @@ class ServerConnection:
         started = time.perf_counter()
         try:
             name, timeout, pickle, buffers = channel.parse_call(body)
-            method = self._server.handler.find(name.decode(), self.caller)
-            if method.kind is Kind.GENERATOR or method.kind is Kind.ASYNC_GENERATOR:
-                raise BadArguments(method.name, "it yields: call it with `stream`")
+            method = self._methods.get(name) or self._find(name)
         except CallRefused as refused:
             self._calls.pop(number, None)
             self._reply(channel.REFUSED, number, channel.refused_parts(refused.status, refused.reason))
@@ -151,6 +147,15 @@ class ServerConnection:
             if following is not None:
                 self._server.reactor.execute(following)
         return held
+
+    def _find(self, name: bytes) -> Method:
+        """Ask the handler, once: a method that this caller may call stays so."""
+        method = self._server.handler.find(name.decode(), self.caller)
+        if method.kind is Kind.GENERATOR or method.kind is Kind.ASYNC_GENERATOR:
+            raise BadArguments(method.name, "it yields: call it with `stream`")
+        if len(self._methods) < MAX_METHODS:
+            self._methods[name] = method
+        return method
 
     def _run_gated(
         self, method: Method, context: CallContext, pickle: Any, buffers: Any, finish: Callable[..., None]
@@ -184,18 +189,20 @@ class ServerConnection:
         parts: tuple[channel.Bytes, ...] = ()
         if error is None:
             try:
-                if type(result) in _ATOMS:
-                    encoded = Encoded(dumps(result, 5), _NOTHING, _NOTHING)
+                if type(result) in ATOMS:
+                    encoded = encode_simple(result)
                 else:
                     encoded = codec.encode(result, f"the reply of {context.method}")
             except BaseException as problem:  # Users' classes take part in encoding.
                 error = problem
             else:
-                sent = encoded.nbytes if encoded.buffers else len(encoded.pickle)
-                if sent > channel.SMALL or len(encoded.buffers) > channel.MAX_BUFFERS:
+                pickle, buffers, _ = encoded
+                sent = encoded.nbytes if buffers else len(pickle)
+                if sent > channel.SMALL or len(buffers) > channel.MAX_BUFFERS:
                     self._large[number] = encoded
                 else:
-                    kind, parts = channel.RESULT, channel.result_parts(encoded.pickle, encoded.buffers)
+                    kind = channel.RESULT
+                    parts = channel.result_parts(pickle, buffers) if buffers else (b"\0", pickle)
         if isinstance(error, NotRun):
             kind, parts = channel.REFUSED, channel.refused_parts(error.status, error.reason)
         elif error is not None:
@@ -215,7 +222,7 @@ class ServerConnection:
         with transport.lock:
             if transport.closed is not None:
                 return
-            data = self._connection.message(kind, number, sum(map(len, parts)), parts)
+            data = self._connection.message(kind, number, parts)
             if data is None:
                 pass
             elif flush or not self._inbox:

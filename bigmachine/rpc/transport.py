@@ -227,13 +227,12 @@ class Transport:
 
         Must not be called by the holder of the role. Gives up at `deadline` (monotonic). Raises `Closed`.
         """
-        size = sum(map(len, parts))
         while deadline is None or time.monotonic() < deadline:
             waiter = Waiter()
             with self.lock:
                 if self.closed is not None:
                     raise self.closed
-                data = self.connection.message(kind, number, size, parts)
+                data = self.connection.message(kind, number, parts)
                 if data is not None:
                     self.send_now(data)
                     return
