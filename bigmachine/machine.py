@@ -230,6 +230,8 @@ class Machine:
         """A connection was lost: say how the machine ended, where it did."""
         if isinstance(error, MachineStopped):
             return error
+        if self.owned and self.state < State.RUNNING:
+            return error  # Of a step of its boot, which finds out for itself.
         if self.owned:
             with self._changed:
                 self._changed.wait_for(lambda: self.state is State.STOPPED, EXPLAIN_WITHIN)

@@ -11,7 +11,7 @@ import pytest
 
 import bigmachine
 from bigmachine import State
-from bigmachine.errors import MachineStopped, UsageError
+from bigmachine.errors import BootError, MachineStopped, UsageError
 from bigmachine.system import Launcher
 from bigmachine.testing import TestSystem
 from bigmachine.testing.conformance import SOON, Cluster, Conformance
@@ -95,7 +95,7 @@ def test_killing_a_machine_while_it_starts(system: TestSystem, b: bigmachine.Ses
     (machine,) = b.start(1, {"Slow": SlowSetup()})
     assert reached.wait(SOON)
     system.kill(machine)
-    with pytest.raises(MachineStopped, match="it was killed"):
+    with pytest.raises(BootError, match="boot step 'setup' .* it was killed"):
         machine.wait(State.RUNNING, SOON)
     released.set()
 

@@ -825,15 +825,15 @@ def test_many_streams_at_once(pair: Pair) -> None:
     found: list[int] = []
 
     def work() -> None:
-        for _ in range(20):
+        for _ in range(10):
             found.append(sum(pair.stream("count", 5)))
 
-    threads = [threading.Thread(target=work) for _ in range(20)]
+    threads = [threading.Thread(target=work) for _ in range(12)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(SOON)
-    assert found == [10] * 400
+    assert found == [10] * 120
 
 
 def test_no_place_for_another_stream(pair: Pair) -> None:
@@ -1033,7 +1033,7 @@ def test_64_threads(pair: Pair) -> None:
 
     def work(i: int) -> None:
         try:
-            for j in range(40):
+            for j in range(20):
                 if pair.call("add", i, j, timeout=None) != i + j:
                     failures.append((i, j))
                 if j % 10 == 0 and len(pair.call("make", 100_000)) != 100_000:
@@ -1066,7 +1066,7 @@ def test_threads_with_and_without_timeouts(pair: Pair, service: Service) -> None
                 failures.append(error)
 
     def patient() -> None:
-        for i in range(300):
+        for i in range(100):
             if pair.call("add", i, 1, timeout=None) != i + 1:
                 failures.append(i)
 
@@ -1670,7 +1670,9 @@ def test_curl(pair: Pair, tmp_path: Path) -> None:
 
     def curl(method: str, data: str, *more: str) -> str:
         url = f"https://{NAME}/bigrpc/T.{method}"
-        return subprocess.run([*command, *more, "-d", data, url], capture_output=True, text=True, check=True).stdout
+        done = subprocess.run([*command, *more, "-d", data, url], capture_output=True, text=True, check=False)
+        assert not done.returncode, f"{method}: {done.stderr}"
+        return done.stdout
 
     assert curl("add", "[1, 2]") == "3 200 2"
     assert curl("count", "[3]") == "0\n1\n2\n 200 2"

@@ -242,7 +242,7 @@ class Transport:
 
     def _linger(self) -> None:
         self._lingering = True
-        self._watch.arm((WRITE if self._blocked else 0) | (0 if self._reading else READ))
+        self._watch.arm((WRITE if self._blocked and not self._pollers else 0) | (0 if self._reading else READ))
         self._reactor.linger(self)
 
     def flush(self) -> None:
@@ -264,7 +264,8 @@ class Transport:
         except (ssl.SSLWantWriteError, ssl.SSLWantReadError, BlockingIOError):
             out.appendleft(head)  # OpenSSL wants to be given the same bytes again.
             self._blocked = True
-            self._arm()
+            if not self._pollers:
+                self._arm()
         except (OSError, ValueError) as error:
             self._fail_later(error)
 
@@ -287,26 +288,47 @@ class Transport:
         Must not be called by the holder of the role. False where the stream was reset meanwhile, or `deadline` (monotonic)
         has passed; raises `Closed`.
         """
-        for part in parts:
-            view = memoryview(part).cast("B") if not isinstance(part, bytes) else memoryview(part)
-            offset, size = 0, len(view)
-            while offset < size:
-                with self.lock:
-                    window = self.connection.window(stream)
-                    if self.closed is None and window > 0 and self.connection.out_bytes < OUTBOX_HIGH:
-                        n = min(window, size - offset, self.connection.frame_size)
-                        self.connection.send_data(stream, n, view[offset : offset + n])
-                        offset += n
-                        self.flush()
-                        if not self._blocked:
-                            continue
-                if self.closed is not None:
-                    raise self.closed
-                if window < 0 or not self._wait_to_send(stream, window, deadline):
+        with self.lock:
+            self._pollers += 1  # This thread sees to it that the socket is written to: no worker need wake for it.
+        try:
+            for part in parts:
+                view = memoryview(part).cast("B") if not isinstance(part, bytes) else memoryview(part)
+                if not self._send_view(stream, view, deadline):
                     return False
+        finally:
+            self._stop_polling(False)
         while self.connection.out_bytes and self.closed is None and self._wait_to_send(stream, 1, deadline):
             pass  # The caller may change its buffers when this returns.
         return True
+
+    def _send_view(self, stream: int, view: memoryview, deadline: float | None) -> bool:
+        offset, size = 0, len(view)
+        while offset < size:
+            with self.lock:
+                window = self.connection.window(stream)
+                if self.closed is None and window > 0 and self.connection.out_bytes < OUTBOX_HIGH:
+                    n = min(window, size - offset, self.connection.frame_size)
+                    self.connection.send_data(stream, n, view[offset : offset + n])
+                    offset += n
+                    self.flush()
+                    if not self._blocked:
+                        continue
+            if self.closed is not None:
+                raise self.closed
+            if window < 0 or not (
+                self._wait_to_send(stream, 1, deadline) if window else self._wait_for_window(stream, deadline)
+            ):
+                return False
+        return True
+
+    def _wait_for_window(self, stream: int, deadline: float | None) -> bool:
+        """As `_wait_to_send`. Meanwhile this thread does not look at the socket: a worker has to."""
+        self._stop_polling(False)
+        try:
+            return self._wait_to_send(stream, 0, deadline)
+        finally:
+            with self.lock:
+                self._pollers += 1
 
     def wait_for_room(self, deadline: float | None = None) -> None:
         """Block while the outbox is over its limit: what keeps a caller in a loop from filling the memory."""
@@ -351,6 +373,8 @@ class Transport:
             elif writable:
                 self._blocked = False
                 self.flush()
+            elif self._blocked and not self._pollers:
+                self._arm()
 
     # -- Waiting and reading -----------------------------------------------------------------------------------------
 
@@ -496,7 +520,7 @@ class Transport:
     def _arm(self) -> None:
         """With the lock held: ask the reactor for what nobody else watches."""
         if self.closed is None:
-            events = (0 if self._reading or self._lingering else READ) | (WRITE if self._blocked else 0)
+            events = (0 if self._reading or self._lingering else READ) | (WRITE if self._blocked and not self._pollers else 0)
             self._watch.arm(events)
 
     def linger(self, worker: Worker | None) -> bool:
