@@ -535,6 +535,33 @@ def test_answer_before_the_request_has_ended(pair: Pair) -> None:
     assert pair.client.window(stream) == -1
 
 
+def test_finish_turns_the_rest_of_the_request_away(pair: Pair) -> None:
+    stream = pair.request()
+    pair.server.send_headers(stream, [(":status", "404")])
+    pair.server.finish(stream)
+    pair.exchange()
+    assert take_events(pair.client) == [Headed(stream, {":status": "404"}, False), Ended(stream, {}), Reset(stream, 0)]
+    stream = pair.request(end=True)
+    pair.server.send_headers(stream, [(":status", "404")])
+    pair.server.finish(stream)  # There is no rest.
+    pair.exchange()
+    assert take_events(pair.client) == [Headed(stream, {":status": "404"}, False), Ended(stream, {})]
+
+
+def test_finish_lets_a_request_with_a_content_length_end_by_itself() -> None:
+    """curl takes a reset that comes with the response for an error, and does not show the response."""
+    foreign, ours = foreign_client()
+    foreign.send_headers(1, [*REQUEST, ("content-length", "5")])
+    talk(foreign, ours)
+    ours.send_headers(1, [(":status", "404")])
+    ours.finish(1)
+    events = talk(foreign, ours)
+    assert not any(isinstance(event, h2.events.StreamReset) for event in events)
+    foreign.send_data(1, b"12345", end_stream=True)
+    talk(foreign, ours)
+    assert not ours._receiving
+
+
 # -- GOAWAY ----------------------------------------------------------------------------------------------------------
 
 

@@ -95,7 +95,7 @@ def test_killing_a_machine_while_it_starts(system: TestSystem, b: bigmachine.Ses
     (machine,) = b.start(1, {"Slow": SlowSetup()})
     assert reached.wait(SOON)
     system.kill(machine)
-    with pytest.raises(BootError, match="boot step 'setup' .* it was killed"):
+    with pytest.raises(BootError, match=r"boot step 'setup' .* it was killed"):
         machine.wait(State.RUNNING, SOON)
     released.set()
 

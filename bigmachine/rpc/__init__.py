@@ -79,7 +79,8 @@ Outcome
 ==========  ===========================================================================================================
 
 The body of a 4xx or 503 is the reason, as ``text/plain; charset=utf-8``, at most 8 KiB. It may come before the request is
-complete; the rest of that is then turned away with ``RST_STREAM(NO_ERROR)``.
+complete; the rest of that is then turned away with ``RST_STREAM(NO_ERROR)``, unless it has a
+``content-length``.
 
 The body of a 590 is, in the pickle form, a failure (``application/x-bigmachine-failure``, specified in `failures`); in the JSON
 form ``{"error": {"type": "ValueError", "message": "…"}}``. A generator that raises after its first item ends the response with

@@ -326,7 +326,9 @@ class Connection:
         """`end` a response; what is still on its way of its request is turned away."""
         self.end(stream)
         state = self._h2.streams.get(stream)
-        if state is not None and not state.closed:
+        receiving = self._receiving.get(stream)
+        foreign = receiving is not None and receiving.through_h2  # curl would report the reset, and not the response.
+        if state is not None and not state.closed and not foreign:
             self.reset(stream, h2.errors.ErrorCodes.NO_ERROR)
 
     def reset(self, stream: int, code: int = h2.errors.ErrorCodes.CANCEL) -> None:
