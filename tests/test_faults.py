@@ -246,24 +246,31 @@ def test_a_session_that_is_not_shut_down_ends_with_the_program(run: Callable[...
     assert not marked(program.mark)
 
 
-def test_a_driver_may_start_sessions_again_and_again(run: Callable[..., Driver]) -> None:
+def test_sessions_one_after_the_other_and_at_once(run: Callable[..., Driver]) -> None:
     program = run(
         """
+        print("argv", sys.argv[1:], os.environ.get("COLOUR"))
         b, c = driver.start(), driver.start("local")
-        m, = b.start(1, {"T": Trouble()})
-        n, = c.start(1, {"T": Trouble()}, args=["other", "arguments"], environ={"A": "1"})
-        print(m.call("T.pid") != n.call("T.pid"))
+        (m,), (n,) = (
+            b.start(1, {"T": Trouble()}),
+            c.start(1, {"T": Trouble()}, args=["c", "d e"], environ={"COLOUR": "blue = green"}),
+        )
+        print(m.call("T.pid") != n.call("T.pid"), m.maxprocs)
         b.shutdown()
         print(n.call("T.pid") > 0)
         with driver.start() as d:
-            m, = d.start(1, {"T": Trouble()})
-            print(m.call("T.pid") > 0)
+            print(d.start(1, {"T": Trouble()})[0].call("T.pid") > 0)
         c.shutdown()
         """,
-        "-bigm.maxprocs=2",
+        "a",
+        "--bigm.maxprocs",
+        "2",
+        "b",
     )
     assert program.end() == 0, program.transcript()
-    assert program.stdout == ["True", "True", "True"]
+    assert program.stdout == ["argv ['a', '--bigm.maxprocs', '2', 'b'] None", "True 2", "True", "True"]
+    said = {line.partition("/: ")[2] for line in program.stderr if "argv" in line}
+    assert said == {"argv ['a', '--bigm.maxprocs', '2', 'b'] None", "argv ['c', 'd e'] blue = green"}
     assert not marked(program.mark)
 
 
@@ -285,27 +292,6 @@ def test_a_fork_of_the_driver_that_ends_ends_no_machine(run: Callable[..., Drive
     assert not marked(program.mark)
 
 
-def test_arguments_and_environment_of_a_launch(run: Callable[..., Driver]) -> None:
-    program = run(
-        """
-        print("argv", sys.argv[1:], os.environ.get("COLOUR"))
-        with driver.start() as b:
-            first, = b.start(1, {"T": Trouble()})
-            first.wait()
-            second, = b.start(1, {"T": Trouble()}, args=["c", "d e"], environ={"COLOUR": "blue = green"})
-            second.wait()
-        """,
-        "a",
-        "--bigm.maxprocs",
-        "1",
-        "b",
-    )
-    assert program.end() == 0, program.transcript()
-    assert program.stdout == ["argv ['a', '--bigm.maxprocs', '1', 'b'] None"]
-    said = [line.partition("/: ")[2] for line in program.stderr if "argv" in line]
-    assert said == [program.stdout[0], "argv ['c', 'd e'] blue = green"]
-
-
 # -- The services' end ---------------------------------------------------------------------------------------------------
 
 
@@ -313,6 +299,9 @@ def trouble() -> Any:
     """A service that gets into trouble. Of a local class, so that it travels by value and machines need no pytest."""
 
     class Trouble:
+        def setup(self, b: Session) -> None:
+            self.session = b
+
         def pid(self) -> int:
             return os.getpid()
 
@@ -346,6 +335,13 @@ def trouble() -> Any:
 
         def nothing(self, value: Any = None) -> Any:
             return value
+
+        def nap(self, value: Any, seconds: float) -> Any:
+            time.sleep(seconds)
+            return value
+
+        def relay(self, address: str, method: str, *args: Any) -> Any:
+            return self.session.dial(address).call(method, *args)
 
         def fill(self, size: int) -> Any:
             return bytearray(size)
@@ -434,22 +430,12 @@ def test_a_service_process_that_is_killed_while_nobody_calls(bystander: tuple[Cl
         machine.wait(State.RUNNING)
 
 
-def test_another_machine_is_told_how_the_one_that_it_called_died(cluster: Cluster) -> None:
-    def relay() -> Any:
-        class Relay:
-            def setup(self, b: Session) -> None:
-                self.session = b
-
-            def ask(self, address: str, method: str, *args: Any) -> Any:
-                return self.session.dial(address).call(method, *args)
-
-        return Relay()
-
+def test_another_machine_is_told_how_the_one_that_it_called_died(bystander: tuple[Cluster, Machine]) -> None:
+    cluster, asking = bystander
     (machine,) = start(cluster)
-    (asking,) = cluster.start(1, {"Relay": relay()})
-    assert asking.call("Relay.ask", machine.addr, "T.nothing", 7) == 7
+    assert asking.call("T.relay", machine.addr, "T.nothing", 7) == 7
     with pytest.raises(MachineStopped, match="exited with code 3"):
-        asking.call("Relay.ask", machine.addr, "T.exit", 3)
+        asking.call("T.relay", machine.addr, "T.exit", 3)
 
 
 def test_a_supervisor_that_is_killed_takes_all_with_it(bystander: tuple[Cluster, Machine]) -> None:
@@ -467,19 +453,13 @@ def test_a_supervisor_that_is_killed_takes_all_with_it(bystander: tuple[Cluster,
 
 
 def test_nothing_is_left_of_what_services_start(cluster: Cluster) -> None:
-    (machine,) = start(cluster)
-    grandchild = machine.call("T.daemonise", timeout=SOON)
-    assert grandchild in {process.pid for process in marked(cluster.authority.session)}
-    machine.shutdown()
-    assert not marked(cluster.authority.session)
-
-
-def test_nothing_is_left_of_what_a_service_that_dies_has_started(cluster: Cluster) -> None:
-    (machine,) = start(cluster)
-    machine.call("T.daemonise", timeout=SOON)
+    ended, dead = start(cluster, 2)
+    grandchildren = {machine.call("T.daemonise", timeout=SOON) for machine in (ended, dead)}
+    assert grandchildren <= {process.pid for process in marked(cluster.authority.session)}
     with pytest.raises(MachineStopped):
-        machine.call("T.exit", 3)
-    machine.shutdown()
+        dead.call("T.exit", 3)
+    dead.shutdown()
+    ended.shutdown()
     assert not marked(cluster.authority.session)
 
 
@@ -677,35 +657,25 @@ def test_a_service_that_holds_the_interpreter_lock_by_backtracking() -> None:
 # -- Load ----------------------------------------------------------------------------------------------------------------
 
 
-def test_ten_thousand_calls_at_once(cluster: Cluster) -> None:
-    (machine,) = start(cluster)
+def test_ten_thousand_calls_at_once(bystander: tuple[Cluster, Machine]) -> None:
+    machine = bystander[1]
     before = psutil.Process().memory_info().rss
     calls = [machine.submit("T.nothing", i) for i in range(10_000)]
     assert [call.result(30.0) for call in calls] == list(range(10_000))
     assert psutil.Process().memory_info().rss - before < 200 << 20
 
 
-def test_many_calls_that_take_long(cluster: Cluster) -> None:
+def test_many_calls_that_take_long(bystander: tuple[Cluster, Machine]) -> None:
     """They run at the same time, on threads that are started as they are needed."""
-
-    def slow() -> Any:
-        class Slow:
-            def nap(self, value: int) -> int:
-                time.sleep(0.02)
-                return value
-
-        return Slow()
-
-    (machine,) = cluster.start(1, {"Slow": slow()})
-    calls = [machine.submit("Slow.nap", i) for i in range(100)]
+    calls = [bystander[1].submit("T.nap", i, 0.05) for i in range(100)]
     assert [call.result(30.0) for call in calls] == list(range(100))
 
 
-def test_a_reply_of_a_gibibyte(cluster: Cluster) -> None:
+def test_a_reply_of_a_gibibyte(bystander: tuple[Cluster, Machine]) -> None:
     available = psutil.virtual_memory().available
     if available < 6 << 30:
         pytest.skip(f"needs 6 GiB of memory; {available / (1 << 30):.1f} GiB are available")
-    (machine,) = start(cluster)
+    machine = bystander[1]
     reply = machine.call("T.fill", 1 << 30, timeout=40.0)
     assert len(reply) == 1 << 30
     assert reply[0] == reply[-1] == 0
@@ -715,22 +685,6 @@ def test_a_reply_of_a_gibibyte(cluster: Cluster) -> None:
 # -- Output --------------------------------------------------------------------------------------------------------------
 
 
-def test_ten_thousand_lines_before_the_end_all_arrive(run: Callable[..., Driver]) -> None:
-    program = run(
-        """
-        with driver.start() as b:
-            m, = b.start(1, {"T": Trouble()})
-            try: m.call("T.last_words", 10_000)
-            except bigmachine.errors.MachineStopped as error: print("exited with code 0" in str(error))
-        """
-    )
-    assert program.end() == 0, program.transcript()
-    assert program.stdout == ["True"]
-    said = [line.partition("/: ")[2] for line in program.stderr]
-    assert [line for line in said if line.startswith("last ")] == [f"last {i}" for i in range(10_000)]
-    assert "without an end of line" in said
-
-
 def test_lines_of_several_processes_stay_whole(run: Callable[..., Driver]) -> None:
     program = run(
         """
@@ -738,7 +692,7 @@ def test_lines_of_several_processes_stay_whole(run: Callable[..., Driver]) -> No
             @bigmachine.parallel
             def noise(self, lines): self.flood(lines, 300)
 
-        with driver.start(maxprocs=3) as b:
+        with driver.start(maxprocs=2) as b:
             machines = b.start(2, {"T": Noisy()})
             calls = [m.submit("T.noise", 500) for m in machines for _ in range(3)]
             for call in calls: call.result()
@@ -751,19 +705,25 @@ def test_lines_of_several_processes_stay_whole(run: Callable[..., Driver]) -> No
     assert len(lines) == 3000
 
 
-def test_a_flood_of_output_waits_for_its_reader(run: Callable[..., Driver]) -> None:
-    """50 MB: neither the machine nor the driver may keep them all."""
+def test_all_output_arrives(run: Callable[..., Driver]) -> None:
+    """50 MB, which neither the machine nor the driver may keep; then 10,000 lines right before a process's end."""
     program = run(
         """
+        import psutil
+
         with driver.start() as b:
             m, = b.start(1, {"T": Trouble()})
             m.wait()
             supervisor = m.info().pid
             m.call("T.flood", 25_000, 2000)
-            import psutil
             print(max(psutil.Process(pid).memory_info().rss for pid in (os.getpid(), supervisor)) < 120 << 20)
+            try: m.call("T.last_words", 10_000)
+            except bigmachine.errors.MachineStopped as error: print("exited with code 0" in str(error))
         """
     )
     assert program.end(30.0) == 0, program.transcript()[:2000]
-    assert program.stdout == ["True"]
-    assert sum(" of " in line for line in program.stderr) == 25_000
+    assert program.stdout == ["True", "True"]
+    said = [line.partition("/: ")[2] for line in program.stderr]
+    assert sum(line.startswith("line ") for line in said) == 25_000
+    assert [line for line in said if line.startswith("last ")] == [f"last {i}" for i in range(10_000)]
+    assert said[-1] == "without an end of line"

@@ -66,9 +66,14 @@ class Client:
         with self._lock:
             if self._closed:
                 raise Unreachable(self.address, self._closed, sent=False)
-            if self._connection is None or not self._connection.usable:
-                self._connection = self._connect(min(CONNECT_TIMEOUT, timeout or CONNECT_TIMEOUT))
-            return self._connection
+            connection = self._connection
+            if connection is None or not connection.usable:
+                connection = self._connection = self._connect(min(CONNECT_TIMEOUT, timeout or CONNECT_TIMEOUT))
+            if self._closed:  # Meanwhile: `close` does not wait for a connection that is being made.
+                self._connection = None
+                connection.close(self._closed)
+                raise Unreachable(self.address, self._closed, sent=False)
+            return connection
 
     def _connect(self, timeout: float) -> ClientConnection:
         deadline = time.monotonic() + timeout
@@ -161,8 +166,7 @@ class Client:
 
     def close(self, reason: str = "closed") -> None:
         """End the connection; calls under way, and later ones, fail with `reason`."""
-        with self._lock:
-            self._closed = self._closed or reason
-            connection, self._connection = self._connection, None
+        self._closed = self._closed or reason
+        connection, self._connection = self._connection, None
         if connection is not None:
             connection.close(reason)

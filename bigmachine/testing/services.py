@@ -45,6 +45,7 @@ class Probe:
         self._inside = 0
         self._closed = threading.Event()
         self._cancelled = threading.Semaphore(0)
+        self._napping = threading.Semaphore(0)
         self._woken = threading.Semaphore(0)
         self._opened = threading.Event()
 
@@ -130,6 +131,7 @@ class Probe:
         """Wait until the call is cancelled; then for `wake`, as an answer might still be in time."""
         context = call_context()
         deadline = time.monotonic() + WAIT
+        self._napping.release()
         while not context.cancelled:
             if time.monotonic() > deadline:
                 raise TimeoutError("nobody has cancelled the call")
@@ -139,11 +141,16 @@ class Probe:
 
     async def anap(self) -> None:
         """The same, on the event loop."""
+        self._napping.release()
         try:
             await asyncio.sleep(WAIT)
         except asyncio.CancelledError:
             self._cancelled.release()
             raise
+
+    def napping(self) -> bool:
+        """Wait until one more `nap` has begun."""
+        return self._napping.acquire(timeout=WAIT)
 
     def wake(self) -> None:
         self._woken.release()
