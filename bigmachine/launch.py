@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .authority import Authority
 from .credentials import Role, client_context
 from .errors import UsageError
 from .fleet import Fleet
@@ -70,6 +69,9 @@ def open_session(
 ) -> Session:
     """A driver's session, with an authority of its own that lives only in this process."""
     launcher = make_launcher(system, options, required)
+    launcher.prepare()
+    from .authority import Authority  # cryptography, 50 ms: while what `prepare` has begun goes on.
+
     name = f"s-{secrets.token_hex(4)}"
     authority = Authority(name)
     credentials = authority.issue(Role.DRIVER, name)

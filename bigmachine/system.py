@@ -64,6 +64,9 @@ class Launcher(Protocol):
 
     name: str
 
+    def prepare(self) -> None:
+        """A session is being opened: begin what takes time and every launch will need. Neither waits nor raises."""
+
     def launch(self, orders: Sequence[Order]) -> list[Future[Launched]]:
         """Start one machine for each order. Returns at once; each future ends with the machine, or with the reason
         why there is none, as an exception whose text a user can act on."""

@@ -131,6 +131,7 @@ def run(control: ControlSocket, main_names: frozenset[str]) -> NoReturn:
                 for sock in early:
                     worker.server.adopt(sock)
                 early.clear()
+                _hear_signals()
             case "services":
                 assert worker is not None
                 threading.Thread(target=_install, args=(worker, control, fds[0]), name="bigmachine-setup").start()
@@ -167,6 +168,36 @@ def _prepare_output() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True, write_through=False)
+
+
+def _hear_signals() -> None:
+    """See to it that SIGTERM is heard, once there are threads.
+
+    Its handler runs on the main thread, which waits in a system call. The kernel may give the signal to any thread that
+    is just in the kernel, and then does not wake the main one (seen in 1 of 15 stops of busy processes). Whoever gets it,
+    the interpreter writes its number to this pipe; a worker passes it on to the main thread, and to that alone.
+    """
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def on_signal(_: int) -> None:
+        if signal.SIGTERM in os.read(heard, 4096):
+            signal.pthread_kill(main, signal.SIGTERM)  # Once: this writes to the pipe, too.
+        else:
+            watch.arm()
+
+    watch = reactor().watch(heard, on_signal)
+    watch.arm()
+    os.register_at_fork(after_in_child=_be_nobody)
+
+
+def _be_nobody() -> None:
+    """In a fork that a service has made (`multiprocessing`): a signal is its own affair, not that of its parent."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:

@@ -53,6 +53,7 @@ IMPORTS_INSIDE_FUNCTIONS: dict[tuple[str, str, str], str] = {
     ("bigmachine.driver", "start", "bigmachine.worker"): _FORK,
     ("bigmachine.driver", "start", "bigmachine.launch"): _FORK,
     ("bigmachine.driver", "start_bare", "bigmachine.launch"): _FORK,
+    ("bigmachine.launch", "open_session", "bigmachine.authority"): "cryptography, 50 ms: while the nursery starts",
     ("bigmachine.launch", "find_system", "importlib.metadata"): "25 ms: only for systems that are not ours",
     ("bigmachine.rpc.codec", "_names", "pickletools"): "2 ms: only to explain an error",
     ("bigmachine.supervisor.main", "main", "bigmachine.supervisor.local"): "the program is executed before anything else",

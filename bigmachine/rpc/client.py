@@ -64,16 +64,21 @@ class Client:
         if connection is not None and connection.usable:
             return connection
         with self._lock:
-            if self._closed:
-                raise Unreachable(self.address, self._closed, sent=False)
+            self._check_open()
             connection = self._connection
             if connection is None or not connection.usable:
                 connection = self._connection = self._connect(min(CONNECT_TIMEOUT, timeout or CONNECT_TIMEOUT))
-            if self._closed:  # Meanwhile: `close` does not wait for a connection that is being made.
+            try:
+                self._check_open()  # Again: `close` does not wait for a connection that is being made.
+            except Unreachable:
                 self._connection = None
                 connection.close(self._closed)
-                raise Unreachable(self.address, self._closed, sent=False)
+                raise
             return connection
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Unreachable(self.address, self._closed, sent=False)
 
     def _connect(self, timeout: float) -> ClientConnection:
         deadline = time.monotonic() + timeout

@@ -153,6 +153,9 @@ class TestLauncher:
         self._names = names
         self._machines: dict[str, _Machine] = {}
 
+    def prepare(self) -> None:
+        """See `system.Launcher`: there is nothing to be prepared."""
+
     def launch(self, orders: Sequence[Order]) -> list[Future[Launched]]:
         """See `system.Launcher`."""
         futures = []

@@ -147,27 +147,33 @@ class LocalLauncher:
 
     # -- Launcher ----------------------------------------------------------------------------------------------------
 
+    def prepare(self) -> None:
+        """See `system.Launcher`: the nursery imports what it needs while the driver does the same."""
+        with self._lock:
+            if self._nursery is None and sys.platform == "linux":
+                try:
+                    self._nursery = _Nursery()
+                except OSError:
+                    pass  # No process to be had: `launch` will say so, if that is still the case.
+
     def launch(self, orders: Sequence[Order]) -> list[Future[Launched]]:
-        """See `system.Launcher`. The first of several machines is executed while the nursery starts, which forks the rest."""
-        if len(orders) > 1 and self._nursery is None and sys.platform == "linux":
-            self._nursery = _Nursery()
-            first = 0
-        else:
-            first = -1
+        """See `system.Launcher`."""
+        if len(orders) > 1:
+            self.prepare()
         futures = []
-        for number, order in enumerate(orders):
+        for order in orders:
             future: Future[Launched] = Future()
             try:
-                future.set_result(self._launch(order, None if number == first else self._nursery))
+                future.set_result(self._launch(order))
             except Exception as error:  # An OSError, most likely; whichever, it is this machine's failure alone.
                 future.set_exception(error)
             futures.append(future)
         return futures
 
-    def _launch(self, order: Order, nursery: _Nursery | None) -> Launched:
+    def _launch(self, order: Order) -> Launched:
         with self._listen() as listener:
             launched = Launched(order.id, "localhost", listener.getsockname()[1], self._maxprocs)
-            child = self._spawn(order, listener, launched.address, nursery)
+            child = self._spawn(order, listener, launched.address, self._nursery)
         with self._lock:
             self._children[order.id] = child
         threading.Thread(target=self._watch, args=(child,), name=f"bigmachine-{order.id}", daemon=True).start()
