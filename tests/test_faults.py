@@ -7,6 +7,7 @@ that a test starts carries its mark in the environment; whatever is left is foun
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import re
 import secrets
@@ -17,6 +18,7 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -324,6 +326,21 @@ def trouble() -> Any:
             os.kill(os.getpid(), number)
             time.sleep(60)
 
+        def terminate(self) -> None:
+            """As the kernel may: the signal goes to a thread that is not the main one."""
+            print("about to go")
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+            time.sleep(60)
+
+        def terminate_child(self) -> int:
+            child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # From 3.12 on, of forks among threads.
+                child.start()
+            child.terminate()
+            child.join(5)
+            return child.exitcode or 0
+
         def hold(self, seconds: float) -> float:
             """Keep the interpreter lock in C code."""
             ctypes.PyDLL(None).usleep(int(seconds * 1e6))
@@ -393,9 +410,10 @@ def assert_gone(cluster: Cluster) -> None:
     [
         ("T.segfault", (), r"service process 0 \(pid \d+\) was killed by SIGSEGV \(segmentation fault\)"),
         ("T.exit", (3,), r"service process 0 \(pid \d+\) exited with code 3"),
+        ("T.terminate", (), r"service process 0 \(pid \d+\) exited with code 0"),
         ("T.kill", (signal.SIGKILL,), r"service process 0 \(pid \d+\) was killed by SIGKILL"),
     ],
-    ids=["segmentation fault", "exit", "SIGKILL"],
+    ids=["segmentation fault", "exit", "SIGTERM", "SIGKILL"],
 )
 def test_the_death_of_a_service_process_is_explained_at_once(
     bystander: tuple[Cluster, Machine], method: str, args: tuple[int, ...], cause: str
@@ -419,6 +437,11 @@ def test_the_death_of_a_service_process_is_explained_at_once(
     with pytest.raises(MachineStopped, match=cause):
         machine.call("T.nothing")
     assert other.call("T.nothing", 1) == 1
+
+
+def test_a_signal_for_what_a_service_has_forked_is_not_the_services(bystander: tuple[Cluster, Machine]) -> None:
+    assert bystander[1].call("T.terminate_child", timeout=SOON) == -signal.SIGTERM
+    assert bystander[1].call("T.nothing", 1) == 1
 
 
 def test_a_service_process_that_is_killed_while_nobody_calls(bystander: tuple[Cluster, Machine]) -> None:

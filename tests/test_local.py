@@ -72,3 +72,20 @@ def test_secrets_are_neither_on_the_command_line_nor_in_the_environment() -> Non
 def test_options_that_cannot_be(options: dict[str, int]) -> None:
     with pytest.raises(UsageError):
         LocalLauncher(**options)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="there is no /proc to look into")
+def test_machines_of_one_launch_share_no_descriptors() -> None:
+    """Else one would keep another's pipes and port open, and nobody would notice that it has gone."""
+    cluster = Cluster(LocalLauncher())
+    with cluster.session:
+        machines = cluster.start(4)
+        held = []
+        for machine in machines:
+            machine.wait(State.RUNNING, 20.0)
+            fds = Path(f"/proc/{machine.info().pid}/fd")
+            links = {os.readlink(fd) for fd in fds.iterdir() if fd.exists() or fd.is_symlink()}
+            held.append({link for link in links if link.startswith(("pipe:", "socket:"))})
+        for number, one in enumerate(held):
+            for other in held[number + 1 :]:
+                assert not one & other

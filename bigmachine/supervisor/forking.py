@@ -154,7 +154,7 @@ def _become(program: Program, environ: dict[str, str], far: list[int], report: i
         os.dup2(stdout, 1)
         os.dup2(stderr, 2)
         os.set_inheritable(control, True)
-        _close_others(control, report)
+        close_others(control, report)
         die_with(supervisor)
         _offer_to_oom_killer()
         stage = "chdir"
@@ -169,8 +169,8 @@ def _become(program: Program, environ: dict[str, str], far: list[int], report: i
         os._exit(127)
 
 
-def _close_others(*keep: int) -> None:
-    """Close all that was inherited, say, the pipe with this machine's key; it need not be marked close-on-exec."""
+def close_others(*keep: int) -> None:
+    """Close all but the standard streams and `keep`, say, the pipe with this machine's key; it need not be close-on-exec."""
     low = 3
     for fd in sorted(keep):
         os.closerange(low, fd)

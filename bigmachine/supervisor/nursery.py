@@ -20,7 +20,7 @@ import sys
 from typing import NoReturn
 
 from .control import ControlSocket, Message
-from .forking import Program
+from .forking import Program, close_others
 from .local import serve_local
 from .processes import Processes
 from .serve import pidfd
@@ -49,7 +49,7 @@ def main() -> None:
             _bury(control)
         if control.fileno() in ready:
             for message, fds in control.receive_ready():
-                _bear(message, fds, control, [fd for fd in (wake_read, wake_write, driver) if fd is not None])
+                _bear(message, fds, control)
 
 
 def _bury(control: ControlSocket) -> None:
@@ -64,7 +64,7 @@ def _bury(control: ControlSocket) -> None:
         control.send({"type": "ended", "pid": pid, "status": status})
 
 
-def _bear(message: Message, fds: list[int], control: ControlSocket, own: list[int]) -> None:
+def _bear(message: Message, fds: list[int], control: ControlSocket) -> None:
     """Fork one machine."""
     try:
         pid = os.fork()
@@ -72,13 +72,13 @@ def _bear(message: Message, fds: list[int], control: ControlSocket, own: list[in
         control.send({"type": "failed", "id": message["id"], "error": f"cannot fork: {error.strerror}"})
     else:
         if not pid:
-            _become(message, fds, control, own)
+            _become(message, fds, control)
         control.send({"type": "started", "id": message["id"], "pid": pid})
     for fd in fds:
         os.close(fd)
 
 
-def _become(message: Message, fds: list[int], control: ControlSocket, own: list[int]) -> NoReturn:
+def _become(message: Message, fds: list[int], control: ControlSocket) -> NoReturn:
     """In the child: what `subprocess` and `main` do for a machine that is executed."""
     code = 1
     try:
@@ -87,7 +87,7 @@ def _become(message: Message, fds: list[int], control: ControlSocket, own: list[
         os.setsid()
         control.abandon()
         wanted = message["listener"]
-        _rearrange(fds, wanted, own)
+        _rearrange(fds, wanted)
         os.environ.clear()
         os.environ.update(message["environ"])
         os.chdir(message["cwd"])
@@ -101,16 +101,12 @@ def _become(message: Message, fds: list[int], control: ControlSocket, own: list[
         os._exit(code)
 
 
-def _rearrange(fds: list[int], wanted: int, own: list[int]) -> None:
-    """Standard input and error, and the listener as descriptor `wanted`; the others are closed."""
-    for fd in own:
-        os.close(fd)
+def _rearrange(fds: list[int], wanted: int) -> None:
+    """Standard input and error, and the listener as descriptor `wanted`; all others are closed, among them those of
+    machines whose orders came together with this one's."""
     stdin, stderr, listener = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, max(wanted, *fds) + 1) for fd in fds)
-    for fd in fds:
-        os.close(fd)
     os.dup2(stdin, 0)
     os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), 1)
     os.dup2(stderr, 2)
     os.dup2(listener, wanted)
-    for fd in (stdin, stderr, listener):
-        os.close(fd)
+    close_others(wanted)
