@@ -41,6 +41,10 @@ from .supervisor.control import ControlSocket, Message
 from .supervisor.forking import PROCESS, fork_replicas, ready_message
 
 
+WAKE = signal.SIGURG
+"""Interrupts whatever the main thread waits in. Nobody uses it for what it was made for, and its default is to do nothing."""
+
+
 class ProcessService:
     """Served as ``Process`` by every service process."""
 
@@ -175,19 +179,20 @@ def _hear_signals() -> None:
 
     Its handler runs on the main thread, which waits in a system call. The kernel may give the signal to any thread that
     is just in the kernel, and then does not wake the main one (seen in 1 of 15 stops of busy processes). Whoever gets it,
-    the interpreter writes its number to this pipe; a worker passes it on to the main thread, and to that alone.
+    the interpreter writes its number to this pipe; then a worker wakes the main thread, with a signal that means nothing
+    else: a fork that is about to forget this pipe may have written to it, too.
     """
     heard, told = os.pipe()
     os.set_blocking(told, False)
+    signal.signal(WAKE, lambda *_: None)
     signal.set_wakeup_fd(told, warn_on_full_buffer=False)
     main = threading.main_thread().ident
     assert main is not None
 
     def on_signal(_: int) -> None:
-        if signal.SIGTERM in os.read(heard, 4096):
-            signal.pthread_kill(main, signal.SIGTERM)  # Once: this writes to the pipe, too.
-        else:
-            watch.arm()
+        if any(number != WAKE for number in os.read(heard, 4096)):
+            signal.pthread_kill(main, WAKE)
+        watch.arm()
 
     watch = reactor().watch(heard, on_signal)
     watch.arm()

@@ -333,13 +333,20 @@ def trouble() -> Any:
             time.sleep(60)
 
         def terminate_child(self) -> int:
-            child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+            ours, theirs = multiprocessing.Pipe()
+
+            def child() -> None:
+                theirs.send("here")
+                time.sleep(60)
+
+            process = multiprocessing.get_context("fork").Process(target=child)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # From 3.12 on, of forks among threads.
-                child.start()
-            child.terminate()
-            child.join(5)
-            return child.exitcode or 0
+                process.start()
+            ours.recv()
+            process.terminate()
+            process.join(10)
+            return process.exitcode or 0
 
         def hold(self, seconds: float) -> float:
             """Keep the interpreter lock in C code."""
