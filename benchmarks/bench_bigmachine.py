@@ -52,7 +52,7 @@ class Bigmachine(Peer):
         return sum(call.result() for call in calls)
 
     def worker_pids(self) -> list[int]:
-        """The supervisor, and all that it started: the service process and its template."""
+        """The supervisor, and all that it started: its service processes."""
         import psutil
 
         supervisor = psutil.Process(self.first.call("Supervisor.info").pid)
