@@ -40,7 +40,6 @@ from .session import Session
 from .supervisor.control import ControlSocket, Message
 from .supervisor.forking import PROCESS, fork_replicas, ready_message
 
-
 WAKE = signal.SIGURG
 """Interrupts whatever the main thread waits in. Nobody uses it for what it was made for, and its default is to do nothing."""
 
