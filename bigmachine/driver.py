@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import functools
 import os
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
@@ -89,6 +91,7 @@ def take_flags(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 def start(system: str | Launcher | None = None, **options: Any) -> Session:
     """Become a driver, and return its session; in a machine's service process, serve and never return.
 
+    Where there is no program that could be executed again (a shell, a notebook) machines run the bare toolkit.
     `system` is a name or a launcher; by default what the flag ``-bigm.system`` says, else ``local``. `options` are the
     system's own (``maxprocs=4``) and override flags. Raises `UsageError` on an unknown system or option.
     """
@@ -106,9 +109,15 @@ def start(system: str | Launcher | None = None, **options: Any) -> Session:
         _taken.update(flags)
     merged = {**flags, **_taken, **_parsed, **options}
     chosen = merged.pop("system", None)
-    from .launch import open_session, own_program  # Ditto, for the driver: cryptography alone takes 60 ms.
+    from .launch import (  # Ditto, for the driver: cryptography alone takes 60 ms.
+        bare_program,
+        open_session,
+        own_program,
+    )
 
     program = own_program()
+    if program is None:  # What this process has defined is defined nowhere else: it goes by value.
+        program, main_names = bare_program(), frozenset()
     session = open_session(system or chosen or "local", merged, set(options), program, main_names)
     _end_at_exit(session)
     return session
@@ -127,10 +136,12 @@ def start_bare(system: str | Launcher = "local", *, program: Program | None = No
     return session
 
 
+@functools.cache
 def _main_names() -> frozenset[str]:
-    """The names of `__main__` that a machine's `__main__` has too, as it runs up to the same line."""
+    """The names of `__main__` under which a machine's `__main__` has the same classes and functions, as it runs up to the
+    same line: the first `start` of the program. What is defined later goes by value."""
     main: Mapping[str, Any] = vars(sys.modules["__main__"])
-    return frozenset(main)
+    return frozenset(name for name, value in main.items() if isinstance(value, (type, FunctionType)))
 
 
 def _end_at_exit(session: Session) -> None:

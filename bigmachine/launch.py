@@ -117,12 +117,13 @@ def _option_with_value(letters: str) -> tuple[str, str]:
     return "", ""
 
 
-def own_program() -> Program:
-    """How to execute this very program again: the same interpreter, options, script and arguments."""
+def own_program() -> Program | None:
+    """How to execute this very program again: the same interpreter, options, script and arguments. None where that cannot
+    be: an interactive interpreter, a notebook, a program on standard input."""
     kind, words, own = split_command(sys.orig_argv)
     file = getattr(sys.modules["__main__"], "__file__", None)
     if not kind or (kind == "file" and file is None) or "ipykernel" in sys.modules:
-        return bare_program()
+        return None
     if kind == "file":  # Whoever has changed the directory meanwhile still has the same program.
         words = (*words[:-1], os.path.abspath(words[-1]) if os.path.exists(words[-1]) else str(file))
     return Program((sys.executable, *words, *own), cwd=os.getcwd(), own_args=len(own))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import os
+import subprocess
 import sys
 import types
 from importlib.metadata import EntryPoint
@@ -214,7 +215,8 @@ def test_what_cannot_be_executed_again_is_replaced_by_the_bare_toolkit(
     monkeypatch.setattr(sys, "orig_argv", ["python", *words])
     if case == "notebook":
         monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
-    program = own_program()
+    assert own_program() is None
+    program = launch.bare_program()
     assert program.argv[1:3] == ("-c", launch.BARE)
     assert [os.path.isabs(path) for path in program.argv[3:]] == [True] * len(sys.path)
     assert program.own_args == 0
@@ -226,3 +228,43 @@ def test_public_names() -> None:
     with pytest.raises(AttributeError, match="nope"):
         _ = bigmachine.nope
     assert bigmachine.testing.TestSystem is TestLauncher
+
+
+def run(*words: str, program: str = "") -> str:
+    """What a driver, a process of its own, prints."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", *words], input=program, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert not done.returncode, done.stderr
+    return done.stdout
+
+
+LATER = """
+from bigmachine import driver
+
+class One:
+    def who(self): return "one"
+
+with driver.start() as b:
+    (machine,) = b.start(1, {"One": One()})
+    print(machine.call("One.who"))
+
+class Two:
+    def who(self, and_whom): return "two and " + and_whom()
+
+def three(): return "three"
+
+with driver.start() as b:
+    (machine,) = b.start(1, {"Two": Two()})
+    print(machine.call("Two.who", three))
+"""
+
+
+def test_what_is_defined_after_the_first_start_goes_by_value(tmp_path: Path) -> None:
+    script = tmp_path / "later.py"
+    script.write_text(LATER)
+    assert run(str(script)) == "one\ntwo and three\n"
+
+
+def test_a_program_on_standard_input() -> None:
+    assert run("-", program=LATER) == "one\ntwo and three\n"
