@@ -12,7 +12,7 @@ pi: $(VENV)/run.stamp
 	@$(BIN)/python examples/bigpi.py -n 20000000 -nmach 5
 
 test: lint
-	$(BIN)/python -m pytest $(PYTESTFLAGS)
+	$(BIN)/python -m pytest -n 2 $(PYTESTFLAGS)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
