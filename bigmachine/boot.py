@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import BigmachineError, BootError, ProgramEnded, ProgramMismatch, Unreachable
-from .info import Info, python_version
+from .info import VERSION, Info, python_version
 from .machine import Machine
 from .rpc.failures import decode_failure
 from .system import Launched
@@ -104,8 +104,10 @@ class Boot:
         return self.machine.supervisor.call(f"Supervisor.{method}", args, {}, timeout)
 
     def _check(self, info: Info) -> None:
-        if info.python != python_version():
-            raise ProgramMismatch("the Python version", python_version(), info.python)
+        ours = (("the Python version", python_version(), info.python), ("the version of bigmachine", VERSION, info.version))
+        for what, here, there in ours:
+            if here != there:
+                raise ProgramMismatch(what, here, there)
 
     def _failed(self, error: Exception, elapsed: float) -> BaseException:
         if self.machine.error is not None:
