@@ -7,6 +7,7 @@ export BENCH_DIR=${BENCH_DIR:-$PWD/bench-work}
 results=$BENCH_DIR/results/$(date +%Y%m%d-%H%M%S)
 all_phases=import,start1,start5,start20,latency,latency1cpu,latency2cpu,throughput,many,bulk,rss,pi
 mkdir -p "$results"
+unset PYTHONDONTWRITEBYTECODE # Without cached bytecode a start measures the compiler.
 
 for repetition in $(seq "${REPS:-3}"); do
     out=$results/rep-$repetition.jsonl
