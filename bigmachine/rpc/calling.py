@@ -220,7 +220,7 @@ class ClientConnection:
         except ConnectionFailed as error:
             self._slots.release()
             raise Unreachable(self.address, str(error), sent=False) from error
-        except BaseException:
+        except BaseException:  # Whatever it is (Ctrl-C, too): the slot is given back.
             self._slots.release()
             raise
 

@@ -100,12 +100,12 @@ class Client:
                 return ClientConnection(
                     sock, self._server_name, self.address, self.codec, self._reactor, self.stats, self._explain
                 )
-            except BaseException:
+            except BaseException:  # Whatever it is (Ctrl-C, too): no descriptor is left.
                 sock.close()
                 raise
         except Closed as error:
             raise Unreachable(self.address, str(error), sent=False) from error
-        except BaseException:
+        except BaseException:  # The same.
             raw.close()
             raise
 

@@ -7,7 +7,7 @@ windows for *sending* are its own. A GOAWAY that arrives is not: after it `h2` w
 end.
 
 Rule 2. The other exception is the payload of DATA frames, which never passes through `h2`: a frame on an open stream costs
-about 20 µs at each end there, and every byte of it is copied three times. Here the nine bytes of a frame's header are read and
+about 20 µs at each end there, and every byte of it is copied on its way. Here the nine bytes of a frame's header are read and
 written directly, and a payload is received straight into the buffer that the application will get (`sink`). `h2` still
 learns of END_STREAM (as an empty DATA frame), and its windows are debited for what is sent, so that its state is true. Only a
 request with a `content-length`, which `h2` insists on checking, goes through it whole: no client of ours sends one.

@@ -137,7 +137,7 @@ def _pickled(error: BaseException, codec: Codec) -> bytes:
     try:
         value = (type(error), error.args, vars(error)) if _pickles_by_default(type(error)) else error
         data = codec.encode_in_band(value, "the exception")
-    except Exception:
+    except Exception:  # It does not pickle, for whatever reason of its class: the text goes alone.
         return b""
     return data if len(data) <= MAX_EXCEPTION else b""
 
@@ -216,7 +216,7 @@ def _construct(
                 vars(error).update(attributes)  # Past `__setattr__`, which frozen dataclasses forbid.
             else:
                 error.__setstate__(attributes)
-        except Exception:
+        except Exception:  # The user's class takes part: try another way.
             continue
         if _clip(_text(error), MAX_MESSAGE) == message:
             return error

@@ -67,7 +67,7 @@ class ItemStream(Iterator[Any]):
             self._wait()
             try:
                 chunk = exchange.inbox.take()
-            except BaseException:
+            except BaseException:  # Whatever the method raised: it is the last thing that comes.
                 self._over = True
                 raise
             if chunk is None:

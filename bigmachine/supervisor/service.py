@@ -98,7 +98,7 @@ class SupervisorService:
 
     def mem_info(self) -> MemInfo:
         """Memory, in bytes."""
-        from .vitals import mem_info  # psutil: 20 ms and 3 MB, for machines that are asked.
+        from .vitals import mem_info  # psutil: 20 ms and 1.6 MB, for machines that are asked.
 
         return mem_info([os.getpid(), *self._workers.pids().values()])
 
