@@ -35,7 +35,8 @@ class EventLoop:
             while self._tasks:
                 for task in self._tasks:
                     task.cancel()
-                self._loop.run_until_complete(asyncio.wait(self._tasks))
+                # A copy: tasks that have ended leave the set as soon as the loop runs, and `wait` refuses an empty one.
+                self._loop.run_until_complete(asyncio.wait(set(self._tasks)))
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         finally:
             self._loop.close()
