@@ -492,15 +492,53 @@ def test_window_of_a_reset_stream_is_gone_at_once() -> None:
 
 def test_unread_data_of_a_reset_stream_is_given_back_to_the_connection() -> None:
     pair = Pair()
-    lost = 1 << 30  # As if that much had been sent to streams that were reset, so that h2 has a reason to tell.
+    lost = CONNECTION_WINDOW // 4 - 1_000_000  # As if that much had been sent to streams that were reset.
     pair.client._h2.outbound_flow_control_window -= lost
-    pair.server._h2._inbound_flow_control_window_manager.window_consumed(lost)
-    pair.server._h2._inbound_flow_control_window_manager._bytes_processed += lost - 1_000_000
+    pair.server._received_since_update += lost
     stream = pair.request()
     send(pair.client, stream, bytes(1_000_000))
     pair.server.reset(stream)
     pair.exchange()
     assert pair.client._h2.outbound_flow_control_window >= CONNECTION_WINDOW - 1_000_000
+
+
+def test_what_is_on_its_way_of_a_stream_that_was_given_up_is_not_answered(pair: Pair) -> None:
+    """Thousands of small frames may be: what comes behind them must not wait for an answer to each."""
+    stream, other = pair.request(), pair.request()
+    for each in (stream, other):
+        pair.server.send_headers(each, RESPONSE)
+    pair.exchange()
+    take_events(pair.client)
+    for _ in range(20):
+        send(pair.server, stream, b"an item")
+    pair.server.send_data(stream, 0)
+    send(pair.server, other, b"other")
+    pair.client.reset(stream)
+    goodbye = take_out(pair.client)
+    give(pair.client, take_out(pair.server), pair.cut)
+    assert take_events(pair.client) == [Data(other, b"other", 5)]
+    assert take_out(pair.client) == b""
+    give(pair.server, goodbye, pair.cut)
+    assert Reset(stream, 8) in take_events(pair.server)
+    assert pair.request()  # The connection lives.
+
+
+def test_streams_that_were_given_up_long_ago_are_still_harmless(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_GIVEN_UP", 2)
+    pair = Pair()
+    streams = [pair.request() for _ in range(4)]
+    for stream in streams:
+        pair.server.send_headers(stream, RESPONSE)
+    pair.exchange()
+    take_events(pair.client)
+    for stream in streams:
+        send(pair.server, stream, b"in flight")
+        pair.client.reset(stream)
+    assert list(pair.client._given_up) == streams[2:]
+    pair.exchange()
+    assert take_events(pair.client) == []
+    assert take_events(pair.server) == [Reset(stream, 8) for stream in streams]
+    assert pair.request()
 
 
 def test_reset_in_the_middle_of_a_frame() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,9 @@ import pytest
 from bigmachine import State
 from bigmachine.errors import UsageError
 from bigmachine.system import Launcher
+from bigmachine.systems import local
 from bigmachine.systems.local import LocalLauncher
-from bigmachine.testing.conformance import Cluster, Conformance
+from bigmachine.testing.conformance import SOON, Cluster, Conformance
 
 
 class TestConformance(Conformance):
@@ -51,6 +54,28 @@ def test_a_launcher_leaves_alone_what_is_not_its_own() -> None:
     assert launcher.console("m-unknown") == ""
     launcher.close()
     launcher.close()
+
+
+def test_stop_waits_for_what_a_machine_that_has_just_ended_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine may end by itself at the moment in which it is stopped; what it left is killed after that."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def kill_session(session: int) -> None:
+        begun.set()
+        go_on.wait(SOON)
+
+    cluster = Cluster(LocalLauncher())
+    with cluster.session:
+        (machine,) = cluster.start()
+        machine.wait(State.RUNNING, 20.0)
+        monkeypatch.setattr(local, "_kill_session", kill_session)
+        os.kill(machine.info().pid, signal.SIGKILL)
+        assert begun.wait(SOON)
+        later = threading.Timer(0.1, go_on.set)  # When `stop` waits; were it late, the test would only be easier.
+        later.start()
+        cluster.launcher.stop(machine.id, 0.0)
+        assert "was killed by signal 9" in str(cluster.launcher.ended(machine.id))
+        later.join()
 
 
 def test_secrets_are_neither_on_the_command_line_nor_in_the_environment() -> None:

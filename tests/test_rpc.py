@@ -1340,6 +1340,24 @@ def test_interrupt_of_a_waiting_caller_does_not_take_the_reading_with_it(pair: P
     assert others.result(SOON) == "not cancelled"
 
 
+def test_interrupt_while_connecting_leaves_no_socket(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    class Interrupted(socket.socket):
+        def connect(self, address: Any) -> None:
+            super().connect(address)
+            opened.append(self)
+            raise KeyboardInterrupt  # The signal came meanwhile: its handler runs before anything else does.
+
+    client = pair.new_client()
+    monkeypatch.setattr(socket, "socket", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        client.call("T.add", (1, 2), {}, SOON)
+    monkeypatch.undo()
+    assert [sock.fileno() for sock in opened] == [-1]
+    assert client.call("T.add", (1, 2), {}, SOON) == 3
+
+
 # -- Who is refused --------------------------------------------------------------------------------------------------
 
 

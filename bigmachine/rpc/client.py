@@ -83,7 +83,7 @@ class Client:
     def _connect(self, timeout: float) -> ClientConnection:
         deadline = time.monotonic() + timeout
         try:
-            raw = socket.create_connection((self._host, self._port), timeout)
+            raw = _open(self._host, self._port, timeout)
         except OSError as error:
             reason = error.strerror or str(error)
             raise Unreachable(self.address, f"cannot connect to {self._host}:{self._port}: {reason}") from error
@@ -175,3 +175,27 @@ class Client:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close(reason)
+
+
+def _open(host: str, port: int, timeout: float) -> socket.socket:
+    """A TCP connection, to the first of the host's addresses that takes it. Raises `OSError`: the last address's.
+
+    `socket.create_connection` does the same, but leaves its socket open when Ctrl-C interrupts it.
+    """
+    failures: list[OSError] = []
+    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(timeout)
+            sock.connect(address)
+            return sock
+        except OSError as error:
+            sock.close()
+            failures = [error]
+        except BaseException:  # Whatever it is: no descriptor is left.
+            sock.close()
+            raise
+    try:
+        raise failures[0] if failures else OSError(f"there is no address for {host}")
+    finally:
+        failures.clear()  # It refers to this frame.

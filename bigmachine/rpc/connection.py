@@ -16,7 +16,11 @@ Rule 3. Windows for *receiving* are kept here. A stream's is given back when the
 by the reader; a stream whose sink is the caller's own memory is given all that it needs at once. The connection's is given
 back at arrival: what is unread is bounded stream by stream, and one slow stream does not stall the others.
 
-Rule 4. Calls are not synchronised: the transport holds its lock around each. Nothing here blocks, and what is to be
+Rule 4. DATA of a stream that this end has given up is thrown away here. A stream of small items may have thousands of
+frames on their way then, and `h2` takes about 0.15 ms for each, and answers each with another RST_STREAM; what comes behind
+them on the connection, say, the reply to the next call, would have to wait for seconds.
+
+Rule 5. Calls are not synchronised: the transport holds its lock around each. Nothing here blocks, and what is to be
 sent collects in `out`.
 
 Input goes `get_buffer()` → the transport reads into it → `received(n)`; what happened is appended to `events`.
@@ -61,6 +65,10 @@ MAX_CONTROL_FRAME = 64 * 1024
 
 SCRATCH = 64 * 1024
 """Bytes read at once where nobody has asked for them: four TLS records."""
+
+MAX_GIVEN_UP = 1000
+"""Streams that are remembered as given up: nothing says when a peer's last frame of one was sent. Those that were given
+up before them are `h2`'s again, which remembers more."""
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
@@ -184,6 +192,7 @@ class Connection:
             },
         )
         self._receiving: dict[int, _Receiving] = {}
+        self._given_up: dict[int, None] = {}  # In that order.
         self._received_since_update = 0
         self._buffer = bytearray(SCRATCH)
         self._view = memoryview(self._buffer)
@@ -333,7 +342,10 @@ class Connection:
 
     def reset(self, stream: int, code: int = h2.errors.ErrorCodes.CANCEL) -> None:
         """Give `stream` up. Harmless where it is gone."""
-        self._receiving.pop(stream, None)
+        if self._receiving.pop(stream, None) is not None:
+            self._given_up[stream] = None
+            if len(self._given_up) > MAX_GIVEN_UP:
+                del self._given_up[next(iter(self._given_up))]
         try:
             self._h2.reset_stream(stream, code)
         except h2.exceptions.ProtocolError:
@@ -395,11 +407,14 @@ class Connection:
         self.out.append(_WINDOW_UPDATE.pack(0, 4, 0x8, 0, stream, size))
         self.out_bytes += 13
 
-    def _debit(self, stream: int, receiving: _Receiving, size: int) -> None:
+    def _debit_connection(self, size: int) -> None:
         self._received_since_update += size
         if self._received_since_update >= CONNECTION_WINDOW // 4:  # h2 keeps back up to half, of what it throws away.
             self._window_update(0, self._received_since_update)
             self._received_since_update = 0
+
+    def _debit(self, stream: int, receiving: _Receiving, size: int) -> None:
+        self._debit_connection(size)
         receiving.window -= size
         if receiving.window < 0:
             code = h2.errors.ErrorCodes.FLOW_CONTROL_ERROR
@@ -501,6 +516,13 @@ class Connection:
                 self._ends = bool(flags & _END_STREAM)
                 if not length:
                     self._end_data()
+                return True
+            if receiving is None and stream in self._given_up and length <= FRAME_SIZE:
+                self._debit_connection(length)
+                self._start = start + 9
+                self._left = length
+                self._stream = stream
+                self._ends = False  # To h2 it has ended.
                 return True
         limit = FRAME_SIZE if kind == _DATA else MAX_CONTROL_FRAME
         if length > limit:

@@ -153,21 +153,27 @@ class ProcessWorkers:
         """See `Workers`."""
         told = False
         while True:
-            outputs = self._capture.read(POLL)
+            # Looked at before the read: once a death is known, all that the process has said is there to be read. After
+            # it would be too late: a read that takes the last words takes the poke, too, and the next one would wait.
+            death = None if told else self._death
+            outputs = self._capture.read(POLL if death is None else 0.0)
             if not outputs and gone():
                 return
             while self._logs:
                 yield "log", self._logs.pop(0)
             for output in outputs or ():
                 yield "output", output.process, output.stream, output.data
-            if outputs is None and not self._stopping and self._death is None:
-                with self._changed:  # The pipes have ended before the process has: its exit status is on its way.
-                    self._changed.wait_for(lambda: self._death or self._stopping, POLL)
-            if not outputs and not told and self._death is not None:
+            if death is not None:
                 told = True
-                yield "death", self._death.summary(), self._death.last_output
-            if outputs is None and self._stopping:
+                yield "death", death.summary(), death.last_output
+            elif outputs is None and self._all_is_said(told):
                 return
+
+    def _all_is_said(self, told: bool) -> bool:
+        """The pipes have ended: wait for a death that was not `told`, for logs, for `stop`. True where nothing follows."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopping or self._logs or (self._death and not told), POLL)
+            return self._stopping and not self._logs and (told or self._death is None)
 
     def discard(self) -> None:
         """See `Workers`."""
@@ -175,8 +181,10 @@ class ProcessWorkers:
 
     def log(self, text: str) -> None:
         """See `Workers`. At most a thousand wait: somebody may knock at the door for hours."""
-        if len(self._logs) < 1000:
-            self._logs.append(text)
+        with self._changed:
+            if len(self._logs) < 1000:
+                self._logs.append(text)
+            self._changed.notify_all()
         self._capture.poke()
 
     def obituary(self) -> str | None:

@@ -278,12 +278,14 @@ class LocalLauncher:
             os.close(child.lifeline)
         except OSError:
             pass
-        if not child.ended.wait(grace) and child.known.wait(KILL_WAIT) and child.pid and not child.exited.is_set():
+        if child.ended.wait(grace) or not child.known.wait(KILL_WAIT):
+            return
+        if child.pid and not child.exited.is_set():
             try:
                 os.kill(child.pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
-            child.ended.wait(KILL_WAIT)
+        child.ended.wait(KILL_WAIT)  # Also where it has just exited: what it left is being killed.
 
     def ended(self, id: str) -> str | None:
         """See `system.Launcher`."""
