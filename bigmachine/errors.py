@@ -11,12 +11,14 @@ Whose fault it is decides the branch:
 - ``CallTimeout``: the deadline that the caller set has passed; also a ``TimeoutError``.
 - ``NotPicklable``: an argument or a reply could not be encoded; nothing was sent.
 - ``BootError``: a machine did not get as far as ``RUNNING``.
+- ``PackError``: a program could not be packed, or a packed file is not whole.
 
 Errors carry fields, their text is made from them, and every one of them pickles: it may cross the wire.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 
@@ -198,6 +200,27 @@ class ProgramMismatch(BigmachineError):
         return f"{self.what} differs: {self.ours} on the driver, {self.theirs} on the machine"
 
 
+class PackError(BigmachineError):
+    """A program cannot be packed, or a packed file cannot be used: ``reason``, one line with the way out. ``details``, which
+    may be empty, are for those who want more: lines of a resolver's own report."""
+
+    def __init__(self, reason: str, details: str = "") -> None:
+        super().__init__(reason, details)
+        self.reason = reason
+        self.details = details
+
+    def __str__(self) -> str:
+        return f"{self.reason}\n{self.details.rstrip()}" if self.details else self.reason
+
+
+class ResolveError(PackError):
+    """No set of distributions meets the program's requirements on every platform."""
+
+
+class CacheError(BigmachineError):
+    """The cache of packed programs cannot be used; the text says where it is and what to change."""
+
+
 class IllegalTransition(BigmachineError):
     """A state was left in a way that its table does not allow; ``history`` is how it got there."""
 
@@ -209,6 +232,17 @@ class IllegalTransition(BigmachineError):
 
     def __str__(self) -> str:
         return f"machine {self.machine} cannot become {self.to}: it went {' → '.join(self.history)}"
+
+
+explainers: list[Callable[[BaseException], str]] = []
+"""What this process knows about its own errors, asked before one is sent to a caller: a note for the user, or ``""``."""
+
+
+def explain(error: BaseException) -> None:
+    """Add the notes of `explainers`."""
+    for explainer in explainers:
+        if note := explainer(error):
+            add_note(error, note)
 
 
 def add_note(error: BaseException, note: str) -> None:

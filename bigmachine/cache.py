@@ -1,0 +1,175 @@
+"""The cache on disk: content that can be made again, under keys that are digests of what it is made from.
+
+It lies in the platform's cache directory (``~/.cache/bigmachine``, ``~/Library/Caches/bigmachine``), or in
+``$BIGMACHINE_CACHE``. Entries are directories ``<kind>/<key>/``, each complete from the moment it has its name: they are
+made under another name and renamed, so that several processes may use one cache; the first one's entry stays.
+
+Whoever works with entries holds the cache in use (`Cache.use`); `clear` waits for nobody, and refuses while somebody does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import CacheError
+
+VARIABLE = "BIGMACHINE_CACHE"
+"""The environment variable that names another directory."""
+
+KINDS = {
+    "wheels": "distributions, as the index serves them",
+    "resolved": "which distributions a set of requirements means",
+    "parts": "what is sent to machines",
+    "bases": "packed programs without their own code",
+    "packed": "programs that packed themselves",
+    "programs": "the code of packed programs that ran here",
+    "images": "what machines on this host ran, as it would be sent to others",
+    "builders": "the builders' own caches",
+}
+"""What there is, for `bigmachine cache info`."""
+
+STALE = 24 * 3600.0
+"""Seconds after which an unfinished entry is certainly nobody's any more."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Of one kind: how many entries, how many bytes they take."""
+
+    kind: str
+    entries: int
+    bytes: int
+
+
+def default_root() -> Path:
+    """Where the cache is."""
+    if chosen := os.environ.get(VARIABLE):
+        return Path(chosen).absolute()
+    from platformdirs import user_cache_path  # Not on workers, and not where the variable is set.
+
+    return user_cache_path("bigmachine")
+
+
+class Cache:
+    """A cache below `root`. Creates nothing before the first entry. Raises `CacheError` where the file system refuses."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = root or default_root()
+
+    def path(self, kind: str, key: str) -> Path:
+        """The directory of an entry, whether or not it exists."""
+        assert kind in KINDS, kind
+        return self.root / kind / key
+
+    def get(self, kind: str, key: str) -> Path | None:
+        """The directory of an entry; None where there is none."""
+        path = self.path(kind, key)
+        return path if path.is_dir() else None
+
+    def put(self, kind: str, key: str, fill: Callable[[Path], None]) -> Path:
+        """The directory of an entry; where there is none, `fill` makes its content in an empty directory given to it.
+
+        What `fill` raises passes through, and leaves nothing behind.
+        """
+        path = self.path(kind, key)
+        if path.is_dir():
+            return path
+        with self.scratch() as folder:
+            fill(folder)
+            with self._refusals("write"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    folder.rename(path)
+                except OSError:
+                    if not path.is_dir():  # Else somebody was faster, with the same content.
+                        raise
+        return path
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """An empty directory on the cache's file system; what is left in it is removed in the end."""
+        folder = self.root / "unfinished" / secrets.token_hex(8)
+        with self._refusals("write"):
+            folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[None]:
+        """Keep `clear` from removing entries, for as long as the block, or this process, lasts."""
+        with self._lock(fcntl.LOCK_SH):
+            self._sweep()
+            yield
+
+    def usage(self) -> list[Usage]:
+        """What there is of each kind."""
+        return [self._usage(kind) for kind in KINDS]
+
+    def clear(self) -> int:
+        """Remove everything. Returns the number of bytes. Raises `CacheError` where somebody uses it."""
+        if not self.root.is_dir():
+            return 0
+        with self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB):
+            before = sum(usage.bytes for usage in self.usage())
+            with self._refusals("clear"):
+                for kind in (*KINDS, "unfinished"):
+                    if (self.root / kind).exists():
+                        shutil.rmtree(self.root / kind)
+        return before
+
+    def _usage(self, kind: str) -> Usage:
+        entries = size = 0
+        folder = self.root / kind
+        if folder.is_dir():
+            entries = sum(1 for _ in folder.iterdir())
+            for parent, _, names in os.walk(folder):
+                for name in names:
+                    try:
+                        size += os.lstat(os.path.join(parent, name)).st_size
+                    except FileNotFoundError:
+                        pass  # Somebody has just finished with it.
+        return Usage(kind, entries, size)
+
+    @contextlib.contextmanager
+    def _lock(self, how: int) -> Iterator[None]:
+        with self._refusals("use"):
+            self.root.mkdir(parents=True, exist_ok=True)
+            fd = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            try:
+                fcntl.flock(fd, how)
+            except BlockingIOError:
+                raise CacheError(
+                    f"the cache {self.root} is in use: a program that it holds runs, or is being packed"
+                ) from None
+            yield
+        finally:
+            os.close(fd)
+
+    def _sweep(self) -> None:
+        """Remove what processes that were killed have left unfinished."""
+        unfinished = self.root / "unfinished"
+        with contextlib.suppress(OSError):
+            for folder in unfinished.iterdir():
+                if time.time() - folder.stat().st_mtime > STALE:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _refusals(self, verb: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise CacheError(
+                f"cannot {verb} the cache {self.root}: {reason}; name another directory in ${VARIABLE}"
+            ) from error

@@ -1,0 +1,95 @@
+"""From what a builder made to a packed file: our header, our first lines of ``__main__.py``, the user's code, the seal.
+
+Two steps, because the first one depends on the distributions alone and is cached: `make_base` writes the builder's archive
+anew, and `finish` copies that and appends. Names are sorted and times fixed: equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from . import prelude
+from .archive import CODE, CONTENTS, Contents
+from .header import make_header, with_size
+from .prelude import SEAL
+
+EPOCH = (1980, 1, 1, 0, 0, 0)
+"""The time of every entry: the earliest that a zip archive can tell."""
+
+_MAIN = "__main__.py"
+_BEGIN = """
+
+begin(os.path.dirname(os.path.abspath(__file__)), {python!r})
+
+
+# What follows is the builder's.
+"""
+"""After the text of `prelude`. In a zip archive that is executed, ``__file__`` is ``<archive>/__main__.py``."""
+
+
+def make_base(built: Path, edits: Mapping[str, bytes], base: Path, python: str) -> None:
+    """Write the archive in the file `built` to the file `base`, without what stands before it, with some files replaced, and
+    with ``__main__.py`` begun by `prelude`. What is compressed already is stored."""
+    lines = Path(prelude.__file__).read_text("utf-8") + _BEGIN.format(python=python)
+    with zipfile.ZipFile(built) as source, zipfile.ZipFile(base, "w") as target:
+        for info in sorted(source.infolist(), key=lambda info: info.filename):
+            if info.is_dir() and not info.filename.startswith(".bootstrap"):
+                continue
+            data = edits[info.filename] if info.filename in edits else source.read(info)
+            if info.filename == _MAIN:
+                data = lines.encode() + data
+            _write(target, info.filename, data, executable=bool(info.external_attr >> 16 & 0o100))
+
+
+def finish(base: Path, warm: str, code: Mapping[str, Path], contents: Contents, output: Path) -> None:
+    """Write the packed program to `output`, which is replaced at once or not at all. Raises OSError."""
+    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w+b") as file:
+            header = make_header(contents.name, contents.version, contents.python, warm)
+            file.write(header)
+            with open(base, "rb") as archive:
+                shutil.copyfileobj(archive, file, 1 << 20)
+            with zipfile.ZipFile(file, "a") as target:
+                _write(target, CONTENTS, json.dumps(contents.to_json(), indent=1, ensure_ascii=False).encode(), False)
+                for name, path in sorted(code.items()):
+                    _write(target, CODE + name, path.read_bytes(), os.access(path, os.X_OK))
+                target.comment = SEAL + bytes(64)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            file.write(with_size(header, size))
+            file.seek(0)
+            digest = hashlib.sha256(memoryview(file.read())[: -len(SEAL) - 64])
+            file.seek(size - 64)
+            file.write(digest.hexdigest().encode())
+        temporary.chmod(0o777 & ~_umask() | 0o100)
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write(archive: zipfile.ZipFile, name: str, data: bytes, executable: bool) -> None:
+    info = zipfile.ZipInfo(name, EPOCH)
+    info.external_attr = (0o100755 if executable else 0o100644) << 16
+    info.create_system = 3  # Unix, whatever this is.
+    if not name.endswith("/") and _compressible(name, data):
+        info.compress_type = zipfile.ZIP_DEFLATED
+    archive.writestr(info, data)
+
+
+def _compressible(name: str, data: bytes) -> bool:
+    """Most wheels are compressed; those that we make are not."""
+    return not name.endswith(".whl") or len(zlib.compress(data[:65536], 1)) < 0.9 * len(data[:65536])
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

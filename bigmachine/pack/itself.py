@@ -1,0 +1,41 @@
+"""A program that is not packed packs itself, because machines are to be started that have nothing of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..cache import Cache
+from .build import Request, pack
+from .prelude import seal
+
+
+class _Lines:
+    """A `Progress`: lines on standard error."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def step(self, text: str) -> None:
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        sys.stderr.write(f"bigmachine: packing {self._name}: {text}\n")
+
+
+def pack_itself(target: Path, platforms: Sequence[str]) -> tuple[Path, str]:
+    """The packed file of the running program `target`, in the cache, and its digest; distributions have the versions that
+    are installed here. Raises as `build.pack` does."""
+    cache = Cache()
+    with cache.use(), cache.scratch() as scratch:
+        output = scratch / f"{target.stem}.pex"
+        request = Request(target, tuple(platforms), output=output, installed=True)
+        result = pack(request, cache, _Lines(target.name))
+        key = seal(str(output))
+        folder = cache.put("packed", key, lambda folder: _move(output, folder))
+    return folder / output.name, result.contents.digest
+
+
+def _move(file: Path, folder: Path) -> None:
+    file.rename(folder / file.name)
