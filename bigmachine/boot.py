@@ -4,7 +4,7 @@
 launch     the system starts it and says where it is
 connect    TLS to its supervisor: it is the machine that we started, and it is up
 check      both sides run the same bigmachine and Python
-exec       the program, re-executed there, reaches `driver.start()`
+exec       the program, re-executed there, reaches `driver.start()`; it is the same one
 register   the services are sent
 setup      every service process decodes them and runs their `setup`
 =========  ===========================================================================================
@@ -53,7 +53,8 @@ class Services:
 
 @dataclass
 class Boot:
-    """One machine's way to RUNNING. `connected` is called when the supervisor answers, before the program is there."""
+    """One machine's way to RUNNING. `connected` is called when the supervisor answers, before the program is there; `digest`
+    is that of the driver's program, None where it may be any."""
 
     machine: Machine
     launched: Future[Launched]
@@ -62,6 +63,7 @@ class Boot:
     console: Callable[[], str]
     ended: Callable[[], str | None]
     decode: Any
+    digest: str | None = None
     timeline: list[tuple[str, float]] = field(default_factory=list)
     _step: str = LAUNCH
     _started: float = 0.0
@@ -80,7 +82,9 @@ class Boot:
             self._check(self._ask("info"))
             self.connected()
             self._enter(EXEC)
-            self._ask("await_ready", DEADLINES[EXEC])
+            digest = self._ask("await_ready", DEADLINES[EXEC])
+            if self.digest is not None:
+                self._compare("the program's digest", self.digest, digest)
             self._enter(REGISTER)
             self._ask("register", self.services.blob, sorted(self.services.parallel))
             self._enter(SETUP)
@@ -104,10 +108,12 @@ class Boot:
         return self.machine.supervisor.call(f"Supervisor.{method}", args, {}, timeout)
 
     def _check(self, info: Info) -> None:
-        ours = (("the Python version", python_version(), info.python), ("the version of bigmachine", VERSION, info.version))
-        for what, here, there in ours:
-            if here != there:
-                raise ProgramMismatch(what, here, there)
+        self._compare("the Python version", python_version(), info.python)
+        self._compare("the version of bigmachine", VERSION, info.version)
+
+    def _compare(self, what: str, ours: str, theirs: str) -> None:
+        if ours != theirs:
+            raise ProgramMismatch(what, ours or "none", theirs or "none")
 
     def _failed(self, error: Exception, elapsed: float) -> BaseException:
         if self.machine.error is not None:

@@ -31,8 +31,10 @@ FLAGS: dict[str, tuple[type, str]] = {
     "system": (str, "where machines come from: local (default), test, or one that a package registers"),
     "maxprocs": (int, "service processes of a machine that parallel methods may use (local: 1)"),
     "port": (int, "local: port of the first machine, the next ones count up (0: any free port)"),
+    "image": (bool, "local: machines run what other hosts would be sent, and nothing else that is installed here"),
 }
-"""Every flag: its type and its help. A system takes those that its launcher has a parameter for."""
+"""Every flag: its type and its help; one of type bool takes no value. A system takes those that its launcher has a
+parameter for."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -42,9 +44,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """
     group = parser.add_argument_group("bigmachine")
     for name, (kind, text) in FLAGS.items():
-        group.add_argument(
-            f"-{PREFIX}{name}", f"--{PREFIX}{name}", type=kind, default=None, help=text, action=_Remember, metavar="X"
-        )
+        names = f"-{PREFIX}{name}", f"--{PREFIX}{name}"
+        if kind is bool:
+            group.add_argument(*names, nargs=0, default=None, help=text, action=_Remember)
+        else:
+            group.add_argument(*names, type=kind, default=None, help=text, action=_Remember, metavar="X")
 
 
 class _Remember(argparse.Action):
@@ -53,8 +57,9 @@ class _Remember(argparse.Action):
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
     ) -> None:
-        setattr(namespace, self.dest, values)
-        _parsed[self.dest.removeprefix(PREFIX)] = values
+        value = True if self.nargs == 0 else values
+        setattr(namespace, self.dest, value)
+        _parsed[self.dest.removeprefix(PREFIX)] = value
 
 
 _parsed: dict[str, Any] = {}
@@ -77,6 +82,11 @@ def take_flags(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         name, equals, value = stripped.removeprefix(PREFIX).partition("=")
         if name not in FLAGS:
             raise UsageError(f"unknown flag -{PREFIX}{name}; there are {', '.join(f'-{PREFIX}{flag}' for flag in FLAGS)}")
+        if FLAGS[name][0] is bool:
+            if equals:
+                raise UsageError(f"flag -{PREFIX}{name} takes no value: {FLAGS[name][1]}")
+            flags[name] = True
+            continue
         if not equals:
             value = next(words, "")
         if not value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import threading
 import time
@@ -105,9 +106,9 @@ def _with(program: Program, environ: Mapping[str, str], args: Sequence[str] | No
         if not name or "=" in name or "\0" in name + value:
             raise UsageError(f"not an environment variable: {name!r}")
     if args is None:
-        return Program(program.argv, merged, program.cwd, program.own_args)
+        return dataclasses.replace(program, environ=merged)
     kept = program.argv[: len(program.argv) - program.own_args]
-    return Program((*kept, *args), merged, program.cwd, len(args))
+    return dataclasses.replace(program, argv=(*kept, *args), environ=merged, own_args=len(args))
 
 
 def _launch(fleet: Fleet, program: Program, owned: Sequence[Owned]) -> None:
@@ -175,6 +176,7 @@ class Owned:
             self._last_output,
             lambda: self._fleet.launcher.ended(self.machine.id),
             self._network.codec,
+            self._fleet.program.digest,
         )
         self._fleet.launcher.on_end(self.machine.id, self._vanished)
         threading.Thread(target=self._boot, args=(boot,), name=f"bigmachine-boot-{self.machine.id}", daemon=True).start()

@@ -12,7 +12,7 @@ VERSION = "0.1.0"
 
 @dataclass(frozen=True)
 class Info:
-    """Who a machine is and what it runs. `digest` is the program's (empty where it is not packed)."""
+    """Who a machine is and what it runs. `digest` is the packed program's; empty before it runs, and where it is not packed."""
 
     id: str
     hostname: str

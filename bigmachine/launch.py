@@ -8,12 +8,15 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from .credentials import Role, client_context
 from .errors import UsageError
 from .fleet import Fleet
 from .machine import Network
+from .program import packed, packed_program
 from .rpc.codec import Codec
 from .rpc.reactor import reactor
 from .rpc.streams import Stream
@@ -69,6 +72,8 @@ def open_session(
 ) -> Session:
     """A driver's session, with an authority of its own that lives only in this process."""
     launcher = make_launcher(system, options, required)
+    if ships := tuple(getattr(launcher, "ships", ())):
+        program = packed_file(program, ships)
     launcher.prepare()
     from .authority import Authority  # cryptography, 50 ms: while what `prepare` has begun goes on.
 
@@ -118,18 +123,40 @@ def _option_with_value(letters: str) -> tuple[str, str]:
 
 
 def own_program() -> Program | None:
-    """How to execute this very program again: the same interpreter, options, script and arguments. None where that cannot
-    be: an interactive interpreter, a notebook, a program on standard input."""
+    """How to execute this very program again: the packed one that it is, or the same interpreter, options, script and
+    arguments. None where that cannot be: an interactive interpreter, a notebook, a program on standard input."""
+    if (running := packed()) is not None:
+        return packed_program(running)
     kind, words, own = split_command(sys.orig_argv)
     file = getattr(sys.modules["__main__"], "__file__", None)
     if not kind or (kind == "file" and file is None) or "ipykernel" in sys.modules:
         return None
     if kind == "file":  # Whoever has changed the directory meanwhile still has the same program.
         words = (*words[:-1], os.path.abspath(words[-1]) if os.path.exists(words[-1]) else str(file))
-    return Program((sys.executable, *words, *own), cwd=os.getcwd(), own_args=len(own))
+    return Program((sys.executable, *words, *own), cwd=os.getcwd(), own_args=len(own), digest="")
+
+
+def packed_file(program: Program, platforms: Sequence[str]) -> Program:
+    """`program` with its packed file, which is made where there is none. Raises `PackError`, `UsageError`."""
+    if program.file is not None:
+        from .pack.archive import read_contents  # Only for systems whose machines have nothing yet.
+
+        contents = read_contents(program.file)
+        for platform in platforms:
+            contents.manifest(platform)
+        return program
+    kind, words, _ = split_command(sys.orig_argv)
+    if kind not in ("file", "m") or program.digest is None:
+        raise UsageError("machines of this system need the program, and it is not in a file: put it into one")
+    from .pack.itself import pack_itself  # Which a packed program does not have all of.
+
+    main: str = sys.modules["__main__"].__file__ or words[-1]
+    target = Path(main).parent if kind == "m" and Path(main).name == "__main__.py" else Path(main)
+    file, digest = pack_itself(target, platforms)
+    return replace(program, file=file, digest=digest)
 
 
 def bare_program() -> Program:
     """The toolkit without a program, with this process's module search path."""
     paths = [os.path.abspath(path) for path in sys.path]
-    return Program((sys.executable, "-c", BARE, *paths), cwd=os.getcwd())
+    return Program((sys.executable, "-c", BARE, *paths), cwd=os.getcwd(), digest="")

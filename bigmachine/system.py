@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from .address import format_address
@@ -25,13 +26,17 @@ class Program:
 
     `argv` includes the interpreter; `environ` is added to the environment that the machine has anyway; `cwd` is the
     working directory where that exists on the machine, None for the machine's default. The last `own_args` of `argv` are
-    the program's own arguments, which a launch may replace.
+    the program's own arguments, which a launch may replace. `digest` is the packed program's, which its service processes
+    must report, empty where it is not packed, None where nobody knows. `file` is the packed program, for systems whose
+    machines have nothing yet.
     """
 
     argv: tuple[str, ...]
     environ: Mapping[str, str] = field(default_factory=dict)
     cwd: str | None = None
     own_args: int = 0
+    digest: str | None = None
+    file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,11 @@ class Launched:
 
 
 class Launcher(Protocol):
-    """The driver's side. All methods may be called from any thread."""
+    """The driver's side. All methods may be called from any thread.
+
+    A launcher whose machines have nothing of the program yet has an attribute ``ships``: the platforms that they may have
+    (``("linux/amd64",)``). It is given the program as a packed file then (`Program.file`), packed where it is not yet.
+    """
 
     name: str
 

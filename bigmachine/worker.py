@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 from .credentials import Credentials, client_context, peer_identity, server_context
 from .errors import BigmachineError
 from .machine import Network
+from .program import digest
 from .rpc.codec import Codec
 from .rpc.failures import encode_failure
 from .rpc.reactor import reactor
@@ -116,7 +117,7 @@ def run(control: ControlSocket, main_names: frozenset[str]) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's; it ends us in good order.
     signal.signal(signal.SIGTERM, _terminate)
     process = int(os.environ.pop(PROCESS, "0"))
-    control.send(ready_message(process))
+    control.send(ready_message(process, digest()))
     worker: Worker | None = None
     early: list[socket.socket] = []
     while (received := control.receive()) is not None:
@@ -127,7 +128,7 @@ def run(control: ControlSocket, main_names: frozenset[str]) -> NoReturn:
                 process, control = fork_replicas(process, control, message, fds)
                 if process != before:
                     os.environ.pop(PROCESS, None)
-                    control.send(ready_message(process))
+                    control.send(ready_message(process, digest()))
             case "identity":
                 credentials = Credentials.from_json(message["credentials"])
                 worker = Worker(message["machine"], message["address"], credentials, main_names, message["maxprocs"])

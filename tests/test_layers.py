@@ -18,8 +18,10 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS: list[set[str]] = [
     {"errors", "state", "info", "retry", "address"},
-    {"rpc", "credentials", "authority"},
+    {"rpc", "credentials", "authority", "cache", "bootstrap"},
+    {"pack"},
     {"services", "system"},
+    {"program"},
     {"machine"},
     {"boot", "keepalive"},
     {"fleet"},
@@ -39,6 +41,9 @@ NARROWER: dict[str, set[str]] = {
     # The supervisor never runs user code, and does not know the driver's side of a machine.
     # Of `system` it knows `Host`: where to listen, how to exit.
     "supervisor": {"errors", "info", "rpc", "credentials", "services", "system"},
+    # It is sent to hosts that have nothing else of ours.
+    "bootstrap": set(),
+    "pack": {"errors", "info", "cache", "bootstrap"},
 }
 """Parts that may import less than their layer allows (and themselves)."""
 
@@ -47,6 +52,11 @@ _VITALS = "psutil, 20 ms and 1.6 MB: for machines that are asked"
 _DEATH = "dataclasses and re, 20 ms: no part of what comes before the first service process starts"
 
 _FORK = "driver and worker are the same program: each imports its own half, 60 and 150 ms"
+
+_FILE = "a packed file is taken apart by its driver alone, and mostly not even there: machines run the same module"
+_SHIPS = "only for machines that have nothing of the program yet"
+_MISS = "http and much of pex: not for what was resolved before"
+_COMMAND = "each needs modules that take longer to load than the others take to run"
 
 IMPORTS_INSIDE_FUNCTIONS: dict[tuple[str, str, str], str] = {
     ("bigmachine.driver", "start", "bigmachine.supervisor.control"): _FORK,
@@ -72,6 +82,25 @@ IMPORTS_INSIDE_FUNCTIONS: dict[tuple[str, str, str], str] = {
     ("bigmachine.supervisor.service", "mem_info", "bigmachine.supervisor.vitals"): _VITALS,
     ("bigmachine.supervisor.service", "disk_info", "bigmachine.supervisor.vitals"): _VITALS,
     ("bigmachine.supervisor.service", "load_info", "bigmachine.supervisor.vitals"): _VITALS,
+    ("bigmachine.cache", "default_root", "platformdirs"): "not needed where a variable names the cache",
+    ("bigmachine.program", "main", "bigmachine.pack.prelude"): _FILE,
+    ("bigmachine.program", "_unpacked", "bigmachine.pack.prelude"): _FILE,
+    ("bigmachine.program", "_unpacked", "bigmachine.pack.archive"): _FILE,
+    ("bigmachine.program", "_unpacked", "bigmachine.cache"): _FILE,
+    ("bigmachine.program", "_temporary", "shutil"): _FILE,
+    ("bigmachine.program", "_temporary", "tempfile"): _FILE,
+    ("bigmachine.launch", "packed_file", "bigmachine.pack.archive"): _SHIPS,
+    ("bigmachine.launch", "packed_file", "bigmachine.pack.itself"): _SHIPS,
+    ("bigmachine.systems.local", "_with_image", "bigmachine.cache"): _SHIPS,
+    ("bigmachine.systems.local", "_with_image", "bigmachine.pack.onhost"): _SHIPS,
+    ("bigmachine.pack.resolve", "resolve", "bigmachine.pack.index"): _MISS,
+    ("bigmachine.pack.resolve", "resolve", "bigmachine.pack.resolver"): _MISS,
+    ("bigmachine.pack.index", "_default_index", "pex.resolve.package_repository"): _MISS,
+    ("bigmachine.cli", "_command", "bigmachine.cli.pack"): _COMMAND,
+    ("bigmachine.cli", "_command", "bigmachine.cli.info"): _COMMAND,
+    ("bigmachine.cli", "_command", "bigmachine.cli.cache"): _COMMAND,
+    ("bigmachine.cli", "_command", "bigmachine.cli.completion"): _COMMAND,
+    ("bigmachine.cli.terminal", "progress", "bigmachine.cli.live"): "rich, 50 ms: only for terminals",
 }
 """(module, function, what it imports) → the reason. "It is slow" is one, where the process mostly does without."""
 
@@ -80,10 +109,16 @@ LONG_FUNCTIONS: dict[tuple[str, str], str] = {}
 
 MAX_LINES = 70
 
-DRIVER_ONLY = {"cryptography": "bigmachine.authority"}
-"""Distributions that workers do not have, and the one module that may import each."""
+DRIVER_ONLY = {
+    "cryptography": "bigmachine.authority",
+    "platformdirs": "bigmachine.cache",
+    "packaging": "bigmachine.pack",
+    "rich": "bigmachine.cli",
+    "shtab": "bigmachine.cli",
+}
+"""Distributions that workers do not have, and the one module, or package, that may import each."""
 
-LOADED_BY_WORKERS = ("bigmachine", "bigmachine.driver", "bigmachine.worker", "bigmachine.supervisor")
+LOADED_BY_WORKERS = ("bigmachine", "bigmachine.driver", "bigmachine.program", "bigmachine.worker", "bigmachine.supervisor")
 """What a worker imports (with all below the last): `DRIVER_ONLY` must not be reached from here at import time."""
 
 
@@ -219,9 +254,14 @@ def driver_only(package: dict[str, Module]) -> Iterator[str]:
     for module in package.values():
         for entry in module.imports:
             owner = DRIVER_ONLY.get(entry.target.split(".")[0])
-            if owner not in (None, module.name):
+            if owner is not None and not f"{module.name}.".startswith(f"{owner}."):
                 yield f"{module.name}:{entry.line} imports {entry.target}: only {owner} may, workers do not have it"
-    owners = set(DRIVER_ONLY.values())
+    owners = {
+        module.name
+        for module in package.values()
+        for entry in module.imports
+        if entry.function is None and entry.target.split(".")[0] in DRIVER_ONLY
+    }
     seen: set[str] = set()
     waiting: list[tuple[str, ...]] = [
         (name,) for name in package if name in LOADED_BY_WORKERS or name.startswith(LOADED_BY_WORKERS[-1] + ".")

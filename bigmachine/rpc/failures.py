@@ -57,6 +57,7 @@ class _Failure(NamedTuple):
 
 def encode_failure(error: BaseException, codec: Codec) -> bytes:
     """The failure that tells of `error`; never raises. Its traceback starts at the first frame that is not ours."""
+    errors.explain(error)
     cls = type(error)
     name = cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
     notes = getattr(error, "__notes__", None)

@@ -199,9 +199,10 @@ def single_threaded() -> bool:
     return LINUX and len(os.listdir("/proc/self/task")) == 1
 
 
-def ready_message(process: int) -> Message:
-    """What a service process says to the supervisor when it has reached ``driver.start()``."""
-    return {"type": "ready", "process": process, "pid": os.getpid(), "single_threaded": single_threaded()}
+def ready_message(process: int, digest: str = "") -> Message:
+    """What a service process says to the supervisor when it has reached ``driver.start()``; `digest` is its program's."""
+    ready = {"type": "ready", "process": process, "pid": os.getpid(), "single_threaded": single_threaded()}
+    return {**ready, "digest": digest}
 
 
 def fork_replicas(process: int, control: ControlSocket, message: Message, fds: list[int]) -> tuple[int, ControlSocket]:

@@ -42,6 +42,7 @@ class SupervisorService:
         self._end = end
         self._lock = threading.Lock()
         self._blob: bytes | None = None
+        self._digest = ""
         self._parallel: list[str] = []
 
     def ping(self) -> str:
@@ -58,11 +59,14 @@ class SupervisorService:
             python=python_version(),
             platform=f"{platform_name()} {os.uname().release}",
             version=VERSION,
+            digest=self._digest,
         )
 
-    def await_ready(self, timeout: float) -> None:
-        """Returns when the program has reached `driver.start()`; raises how it ended instead, or `TimeoutError`."""
-        self._workers.await_ready(timeout)
+    def await_ready(self, timeout: float) -> str:
+        """Returns when the program has reached `driver.start()`: its digest, empty where it is not packed. Raises how it
+        ended instead, or `TimeoutError`."""
+        self._digest = self._workers.await_ready(timeout)
+        return self._digest
 
     def register(self, blob: bytes, parallel: list[str]) -> None:
         """The services, as `session` encodes them, and the names of their parallel methods. Nothing is decoded here."""

@@ -30,8 +30,8 @@ class Workers(Protocol):
 
     maxprocs: int
 
-    def await_ready(self, timeout: float) -> None:
-        """Until the program has reached `driver.start()`. Raises `ProgramEnded`, `TimeoutError`."""
+    def await_ready(self, timeout: float) -> str:
+        """Until the program has reached `driver.start()`; its digest. Raises `ProgramEnded`, `TimeoutError`."""
 
     def install(self, blob: bytes, replicas: bool, timeout: float) -> bytes | None:
         """Install the services in every process. None, or how it failed, as `rpc.failures` encodes it."""
@@ -119,9 +119,10 @@ class ProcessWorkers:
 
     # -- Workers -----------------------------------------------------------------------------------------------------
 
-    def await_ready(self, timeout: float) -> None:
+    def await_ready(self, timeout: float) -> str:
         """See `Workers`."""
         self._wait(lambda: 0 in self._ready, timeout, "the program's way to driver.start()")
+        return str(self._ready[0].get("digest", ""))
 
     def install(self, blob: bytes, replicas: bool, timeout: float) -> bytes | None:
         """See `Workers`. Replicas are started first, as process 0 may be forked only before it has threads."""

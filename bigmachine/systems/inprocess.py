@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from ..credentials import Credentials, server_context
 from ..errors import UsageError
 from ..machine import Machine
+from ..program import digest
 from ..rpc.reactor import reactor
 from ..supervisor.serve import Supervisor
 from ..supervisor.workers import POLL, Event
@@ -41,8 +42,9 @@ class _Threads:
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._obituary: str | None = None
 
-    def await_ready(self, timeout: float) -> None:
+    def await_ready(self, timeout: float) -> str:
         """This program is running already."""
+        return digest()
 
     def install(self, blob: bytes, replicas: bool, timeout: float) -> bytes | None:
         """See `Workers`."""

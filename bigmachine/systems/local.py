@@ -7,6 +7,8 @@ on its command line, in its environment or on disk. The pipe stays open: its end
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -19,19 +21,33 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import BigmachineError, UsageError
+from ..info import platform_name
+from ..program import ENVIRON, OPTIONS, PACKAGE, RUN, packed
 from ..supervisor.control import ControlSocket, Message
 from ..system import Launched, Order, Program
 
-MAIN = "import sys; sys.path.append(sys.argv.pop(1)); from bigmachine.supervisor.{} import main; main()"
-"""Executed with ``-P``: nothing in the working directory can shadow a module of the supervisor's."""
+if TYPE_CHECKING:
+    from ..pack.onhost import Unpacked
 
-PACKAGE = str(Path(__file__).parents[2])
-"""Where this package is, for the supervisor's module search path."""
+MAIN = "import sys; sys.path.append(sys.argv.pop(1)); from bigmachine.supervisor.{} import main; main()"
+"""What a supervisor, or the nursery, executes; its first argument is where this package is."""
+
+BASE_INTERPRETER: str = getattr(sys, "_base_executable", sys.executable)
+"""The interpreter without its virtual environment, for machines that are to have none."""
 
 KILL_WAIT = 5.0
 """Seconds to wait for a killed process group."""
+
+
+def _supervisor_command(site: Path | None = None) -> Callable[[str], list[str]]:
+    """The command that runs ``main`` of a module of the supervisor's: without the working directory, where something could
+    shadow it; in a packed program with nothing but what was packed; or of the image whose distributions are in `site`."""
+    options = ["-P"] if site is None and packed() is None else ["-I", "-S"]
+    interpreter, package = (sys.executable, PACKAGE) if site is None else (BASE_INTERPRETER, str(site))
+    return lambda module: [interpreter, *options, "-c", MAIN.format(module), package]
 
 
 class _Child:
@@ -72,10 +88,9 @@ class _Child:
 class _Nursery:
     """The driver's end of `supervisor.nursery`."""
 
-    def __init__(self) -> None:
+    def __init__(self, command: Sequence[str]) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            command = [sys.executable, "-P", "-c", MAIN.format("nursery"), PACKAGE]
             self._process = subprocess.Popen(
                 [*command, str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
@@ -130,29 +145,37 @@ class _Nursery:
 
 class LocalLauncher:
     """The system ``local``. `maxprocs`: service processes a machine; `port`: of the first machine, the next ones count
-    up from it (0: any free port)."""
+    up from it (0: any free port); `image`: machines run the program's image, as machines of other hosts do."""
 
     name = "local"
 
-    def __init__(self, maxprocs: int = 1, port: int = 0) -> None:
+    def __init__(self, maxprocs: int = 1, port: int = 0, image: bool = False) -> None:
         if maxprocs < 1:
             raise UsageError(f"maxprocs must be at least 1: {maxprocs}")
         if not 0 <= port <= 65535:
             raise UsageError(f"not a port: {port}")
         self._maxprocs = maxprocs
         self._port = port
+        self.ships: tuple[str, ...] = (platform_name(),) if image else ()
+        self._supervisor = _supervisor_command()
         self._lock = threading.Lock()
         self._children: dict[str, _Child] = {}
         self._nursery: _Nursery | None = None
+        self._image: Unpacked | None = None
+        self._in_use = contextlib.ExitStack()
 
     # -- Launcher ----------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
         """See `system.Launcher`: the nursery imports what it needs while the driver does the same."""
+        if not self.ships:
+            self._start_nursery()
+
+    def _start_nursery(self) -> None:
         with self._lock:
             if self._nursery is None and sys.platform == "linux":
                 try:
-                    self._nursery = _Nursery()
+                    self._nursery = _Nursery(self._supervisor("nursery"))
                 except OSError:
                     pass  # No process to be had: `launch` will say so, if that is still the case.
 
@@ -164,11 +187,31 @@ class LocalLauncher:
         for order in orders:
             future: Future[Launched] = Future()
             try:
-                future.set_result(self._launch(order))
+                future.set_result(self._launch(self._with_image(order) if self.ships else order))
             except Exception as error:  # An OSError, most likely; whichever, it is this machine's failure alone.
                 future.set_exception(error)
             futures.append(future)
         return futures
+
+    def _with_image(self, order: Order) -> Order:
+        """The order, to execute the image of its program; what that takes is done once."""
+        program = order.program
+        if program.file is None:
+            raise UsageError("there is no program to make an image of: image is for programs in files")
+        with self._lock:
+            if self._image is None:
+                from ..cache import Cache  # These, and what they import, are for programs that ask for it.
+                from ..pack.onhost import unpack_image
+
+                cache = Cache()
+                self._in_use.enter_context(cache.use())
+                self._image = unpack_image(program.file, self.ships[0], cache)
+                self._supervisor = _supervisor_command(self._image.site)
+        self._start_nursery()
+        own = program.argv[len(program.argv) - program.own_args :]
+        argv = (BASE_INTERPRETER, *OPTIONS, "-c", RUN, str(self._image.site), str(self._image.folder), *own)
+        environ = {**ENVIRON, **program.environ}
+        return dataclasses.replace(order, program=dataclasses.replace(program, argv=argv, environ=environ))
 
     def _launch(self, order: Order) -> Launched:
         with self._listen() as listener:
@@ -226,7 +269,7 @@ class LocalLauncher:
 
     def _execute(self, child: _Child, program: Program, listener: int, stdin: int, stderr: int) -> None:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-c", MAIN.format("main"), PACKAGE, child.id, *program.argv],
+            [*self._supervisor("main"), child.id, *program.argv],
             stdin=stdin,
             stdout=subprocess.DEVNULL,
             stderr=stderr,
@@ -317,6 +360,7 @@ class LocalLauncher:
             self.stop(id, 0.0)
         if nursery is not None:
             nursery.close()
+        self._in_use.close()
 
 
 def _kill_session(session: int) -> None:
