@@ -1,0 +1,91 @@
+"""The command line: ``bigmachine pack``, ``info``, ``cache``, ``completion``.
+
+Each command is a module with ``run(arguments) -> str``: it returns what standard output gets, and raises what goes wrong.
+`main` prints the one, and makes of the other a line on standard error and an exit code (`exits`). So there is one place where
+anything is printed in the end, and commands are tested as functions. What is shown meanwhile is `terminal`'s.
+
+``--json`` prints one JSON object and nothing else; its keys are documented in the module of the command. Keys may be added.
+
+A command must start fast, as a program that is in the cache is packed in less time than rich takes to load. So `main`
+imports only the parser, and then the command that was asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+
+from ..errors import CacheError, PackError, ResolveError, UsageError
+from .arguments import make_parser
+from .exits import DONE, FAILED, INTERRUPTED, UNREAD, UNRESOLVED, WRONG
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that `argv` names (without the program's own name; None: this process's arguments).
+
+    Returns the exit code, never raises `SystemExit`. An exception that is nobody's fault but ours passes through.
+    """
+    quiet = False
+    try:
+        try:
+            arguments = make_parser().parse_args(argv)
+        except SystemExit as ended:
+            # --help, --version and wrong command lines: argparse has printed what there is to say.
+            return _show("") or (WRONG if ended.code else DONE)
+        quiet = arguments.quiet
+        return _show(_command(arguments.command)(arguments))
+    except KeyboardInterrupt:
+        return _fail(INTERRUPTED, "interrupted")
+    except UsageError as error:
+        return _fail(WRONG, str(error))
+    except PackError as error:
+        code = UNRESOLVED if isinstance(error, ResolveError) else FAILED
+        return _fail(code, error.reason, "" if quiet else error.details)
+    except CacheError as error:
+        return _fail(FAILED, str(error))
+    except OSError as error:
+        return _fail(FAILED, _os_error(error))
+
+
+def _command(name: str) -> Callable[[Namespace], str]:
+    # Imported here, because each needs modules that take longer to load than the others take to run.
+    if name == "pack":
+        from . import pack
+
+        return pack.run
+    if name == "info":
+        from . import info
+
+        return info.run
+    if name == "cache":
+        from . import cache
+
+        return cache.run
+    from . import completion
+
+    return completion.run
+
+
+def _show(output: str) -> int:
+    try:
+        print(output, end="\n" if output else "", flush=True)
+    except OSError as error:
+        # The rest is in a buffer, which the interpreter would try to write when it ends, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return UNREAD
+        raise
+    return DONE
+
+
+def _fail(code: int, line: str, details: str = "") -> int:
+    print(f"bigmachine: {line}", *details.strip("\n").splitlines(), sep="\n  ", file=sys.stderr, flush=True)
+    return code
+
+
+def _os_error(error: OSError) -> str:
+    reason = error.strerror or str(error) or type(error).__name__
+    reason = reason[0].lower() + reason[1:]
+    return reason if error.filename is None else f"{reason}: {os.fsdecode(error.filename)}"

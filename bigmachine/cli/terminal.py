@@ -1,0 +1,56 @@
+"""How packing is shown while it goes on.
+
+On a terminal one line lives: a spinner, the step, the seconds so far; it is gone in the end. Elsewhere each step is a line.
+Both go to standard error; colour only on a terminal, and not with ``NO_COLOR``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from typing import TextIO
+
+from ..pack.progress import Progress, Silent
+
+
+def is_live(stream: TextIO, environ: Mapping[str, str]) -> bool:
+    """Whether a line can be written again and again: a terminal that can move its cursor."""
+    return stream.isatty() and environ.get("TERM", "dumb") != "dumb"
+
+
+@contextlib.contextmanager
+def progress(silent: bool = False, stream: TextIO | None = None) -> Iterator[Progress]:
+    """What shows steps and notes on `stream` (default: standard error), for as long as the block lasts."""
+    stream = sys.stderr if stream is None else stream
+    if silent:
+        yield Silent()
+    elif is_live(stream, os.environ):
+        from .live import (
+            LiveLine,
+        )  # rich, which takes longer to load than the rest of the command line: only for terminals.
+
+        with LiveLine(stream) as line:
+            yield line
+    else:
+        yield Lines(stream)
+
+
+class Lines:
+    """A `Progress` that writes a line for each step and note; what has just been said is not said again."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._step = ""
+        self._notes: set[str] = set()
+
+    def step(self, text: str) -> None:
+        if text != self._step:
+            self._step = text
+            print(text, file=self._stream, flush=True)
+
+    def note(self, text: str) -> None:
+        if text not in self._notes:
+            self._notes.add(text)
+            print(f"note: {text}", file=self._stream, flush=True)
