@@ -1,12 +1,13 @@
 # make pi     install into .venv and run the example
 # make test   lint, types and tests; needs nothing done before it
-# make bench  measure against the floor (benchmarks/README.md)
+# make bench  measure against the floor (benchmarks/README.md); make bench-pack measures packing
+# make wheel, make cli, make platforms   what releases are made of (packaging/README.md)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
 .NOTPARALLEL:
-.PHONY: pi test lint bench clean
+.PHONY: pi test lint bench bench-pack wheel cli platforms clean
 
 pi: $(VENV)/run.stamp
 	@$(BIN)/python examples/bigpi.py -n 20000000 -nmach 5
@@ -21,9 +22,21 @@ lint: $(VENV)/dev.stamp
 bench: $(VENV)/dev.stamp
 	PYTHON=$(CURDIR)/$(BIN)/python benchmarks/run.sh
 
+bench-pack: $(VENV)/run.stamp
+	$(BIN)/python benchmarks/bench_pack.py
+
+wheel: $(VENV)/run.stamp
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+cli: $(VENV)/run.stamp
+	$(BIN)/python packaging/cli.py
+
+platforms: $(VENV)/run.stamp
+	$(BIN)/python packaging/platforms.py
+
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist *.egg-info
-	find bigmachine examples tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find bigmachine examples tests benchmarks packaging -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamps are newer than pyproject.toml exactly when what it asks for is installed.
 $(VENV)/run.stamp: pyproject.toml | $(BIN)/python
