@@ -106,10 +106,17 @@ class Cache:
 
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:
-        """Keep `clear` from removing entries, for as long as the block, or this process, lasts."""
-        with self._lock(fcntl.LOCK_SH):
+        """Keep `clear` from removing entries while the block lasts."""
+        fd = self._lock(fcntl.LOCK_SH)
+        try:
             self._sweep()
             yield
+        finally:
+            os.close(fd)
+
+    def hold(self) -> None:
+        """Keep `clear` from removing entries while this process lasts."""
+        self._lock(fcntl.LOCK_SH)
 
     def usage(self) -> list[Usage]:
         """What there is of each kind."""
@@ -119,12 +126,15 @@ class Cache:
         """Remove everything. Returns the number of bytes. Raises `CacheError` where somebody uses it."""
         if not self.root.is_dir():
             return 0
-        with self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB):
+        fd = self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
             before = sum(usage.bytes for usage in self.usage())
             with self._refusals("clear"):
                 for kind in (*KINDS, "unfinished"):
                     if (self.root / kind).exists():
                         shutil.rmtree(self.root / kind)
+        finally:
+            os.close(fd)
         return before
 
     def _usage(self, kind: str) -> Usage:
@@ -140,21 +150,20 @@ class Cache:
                         pass  # Somebody has just finished with it.
         return Usage(kind, entries, size)
 
-    @contextlib.contextmanager
-    def _lock(self, how: int) -> Iterator[None]:
+    def _lock(self, how: int) -> int:
+        """A descriptor; who closes it gives the lock back."""
         with self._refusals("use"):
             self.root.mkdir(parents=True, exist_ok=True)
             fd = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            try:
-                fcntl.flock(fd, how)
-            except BlockingIOError:
-                raise CacheError(
-                    f"the cache {self.root} is in use: a program that it holds runs, or is being packed"
-                ) from None
-            yield
-        finally:
+            fcntl.flock(fd, how)
+        except BaseException as error:
             os.close(fd)
+            if not isinstance(error, BlockingIOError):
+                raise
+            reason = "a program that it holds runs, or is being packed"
+            raise CacheError(f"the cache {self.root} is in use: {reason}") from None
+        return fd
 
     def _sweep(self) -> None:
         """Remove what processes that were killed have left unfinished."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import atexit
 import builtins
-import contextlib
 import importlib.machinery
 import importlib.util
 import json
@@ -121,10 +120,8 @@ def _unpacked(file: Path) -> Path:
 
     key = seal(str(file))
     cache = Cache()
-    lease = contextlib.ExitStack()
     try:
-        lease.enter_context(cache.use())
-        _lease.append(lease)
+        cache.hold()
     except CacheError:  # A home that cannot be written to, or none: a directory of our own, for this once.
         cache = Cache(_temporary())
     stat = file.stat()
@@ -138,9 +135,6 @@ def _unpacked(file: Path) -> Path:
         (folder / "seen").mkdir(exist_ok=True)
         (folder / "seen" / stamp).touch()
     return folder
-
-
-_lease: list[contextlib.ExitStack] = []
 
 
 def _temporary() -> Path:

@@ -81,7 +81,8 @@ def test_what_is_in_use_is_not_cleared(cache: Cache) -> None:
 
 
 def test_whoever_comes_while_it_is_cleared_waits(cache: Cache) -> None:
-    with cache._lock(cache_module.fcntl.LOCK_EX):
+    fd = cache._lock(cache_module.fcntl.LOCK_EX)
+    try:
         entered = threading.Event()
 
         def use() -> None:
@@ -91,6 +92,8 @@ def test_whoever_comes_while_it_is_cleared_waits(cache: Cache) -> None:
         thread = threading.Thread(target=use)
         thread.start()
         assert not entered.is_set()
+    finally:
+        os.close(fd)
     thread.join(10)
     assert entered.is_set()
 

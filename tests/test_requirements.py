@@ -137,8 +137,10 @@ def test_the_whole_closure_is_constrained(tmp_path: Path, site: Site) -> None:
 def test_our_own_requirements_are_constrained_too(tmp_path: Path, site: Site) -> None:
     site.install("bigmachine", VERSION, requires=("h2>=4", "pex>=2", "mypy; extra == 'dev'"))
     for name in ("h2", "pex", "mypy"):
-        site.install(name, "7")
-    assert wanted(tmp_path, "").constraints == ("h2==7",)
+        site.install(name, "7", files=(f"{name}/__init__.py",))
+    assert wanted(tmp_path, "").constraints == ("h2<=7",)
+    assert wanted(tmp_path, "", installed=True).constraints == ("h2==7",)
+    assert wanted(tmp_path, "import h2").constraints == ("h2==7",)
 
 
 def test_all_distributions_of_a_namespace(tmp_path: Path, site: Site) -> None:

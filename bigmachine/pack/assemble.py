@@ -6,23 +6,25 @@ anew, and `finish` copies that and appends. Names are sorted and times fixed: eq
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
+import stat
 import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..errors import PackError
 from . import prelude
 from .archive import CODE, CONTENTS, Contents
 from .header import make_header, with_size
-from .prelude import SEAL
+from .prelude import SEAL, digest_before_seal
 
 EPOCH = (1980, 1, 1, 0, 0, 0)
 """The time of every entry: the earliest that a zip archive can tell."""
 
+_CHUNK = 1 << 20
 _MAIN = "__main__.py"
 _BEGIN = """
 
@@ -49,30 +51,37 @@ def make_base(built: Path, edits: Mapping[str, bytes], base: Path, python: str) 
 
 
 def finish(base: Path, warm: str, code: Mapping[str, Path], contents: Contents, output: Path) -> None:
-    """Write the packed program to `output`, which is replaced at once or not at all. Raises OSError."""
+    """Write the packed program to `output`, which is replaced at once or not at all. Raises `PackError`."""
     temporary = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        with open(temporary, "w+b") as file:
-            header = make_header(contents.name, contents.version, contents.python, warm)
-            file.write(header)
-            with open(base, "rb") as archive:
-                shutil.copyfileobj(archive, file, 1 << 20)
-            with zipfile.ZipFile(file, "a") as target:
-                _write(target, CONTENTS, json.dumps(contents.to_json(), indent=1, ensure_ascii=False).encode(), False)
-                for name, path in sorted(code.items()):
-                    _write(target, CODE + name, path.read_bytes(), os.access(path, os.X_OK))
-                target.comment = SEAL + bytes(64)
-            size = file.seek(0, os.SEEK_END)
-            file.seek(0)
-            file.write(with_size(header, size))
-            file.seek(0)
-            digest = hashlib.sha256(memoryview(file.read())[: -len(SEAL) - 64])
-            file.seek(size - 64)
-            file.write(digest.hexdigest().encode())
-        temporary.chmod(0o777 & ~_umask() | 0o100)
+        _finish(base, warm, code, contents, temporary)
         temporary.replace(output)
+    except OSError as error:
+        where = output if error.filename in (str(temporary), None) else error.filename
+        raise PackError(f"cannot write {where}: {error.strerror or error}; choose another place with -o") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _finish(base: Path, warm: str, code: Mapping[str, Path], contents: Contents, output: Path) -> None:
+    header = make_header(contents.name, contents.version, contents.python, warm)
+    with open(output, "w+b") as file:
+        file.write(header)
+        with open(base, "rb") as archive:
+            shutil.copyfileobj(archive, file, _CHUNK)
+        with zipfile.ZipFile(file, "a") as target:
+            _write(target, CONTENTS, json.dumps(contents.to_json(), indent=1, ensure_ascii=False).encode(), False)
+            for name, path in sorted(code.items()):
+                _write(target, CODE + name, path.read_bytes(), bool(path.stat().st_mode & stat.S_IXUSR))
+            target.comment = SEAL + bytes(64)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        file.write(with_size(header, size))
+    digest = digest_before_seal(str(output))
+    with open(output, "r+b") as file:
+        file.seek(size - len(digest))
+        file.write(digest.encode())
+    output.chmod(0o777 & ~_umask() | 0o100)
 
 
 def _write(archive: zipfile.ZipFile, name: str, data: bytes, executable: bool) -> None:

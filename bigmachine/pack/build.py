@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -119,6 +120,8 @@ def _output(request: Request, source: Source, builder: Builder) -> Path:
         raise PackError(f"cannot write {output}: it is a directory; name a file with -o")
     if not output.absolute().parent.is_dir():
         raise PackError(f"cannot write {output}: there is no directory {output.parent}")
+    if not os.access(output.absolute().parent, os.W_OK):
+        raise PackError(f"cannot write {output}: its directory may not be written to; name another file with -o")
     if output.exists() and request.target.exists() and output.samefile(request.target):
         raise PackError(f"cannot write {output}: it is the program itself; name another file with -o")
     return output

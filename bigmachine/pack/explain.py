@@ -37,7 +37,8 @@ def explain(report: str, platform: Platform, wanted: Wanted, local: Mapping[str,
         reason = f"the requirements conflict: {conflict}"
     else:
         reason = _otherwise(report, platform)
-    return ResolveError(reason, report)
+    # pip warns of folders without a project's page, whatever it finds elsewhere.
+    return ResolveError(reason, "\n".join(line for line in report.splitlines() if not line.startswith("WARNING:")))
 
 
 def _otherwise(report: str, platform: Platform) -> str:

@@ -29,9 +29,8 @@ def seal(path: str) -> str:
     return comment[len(SEAL) :].decode("ascii", "replace")
 
 
-def check_whole(path: str) -> None:
-    """Compare all of the file with its `seal`. Raises as that does."""
-    wanted = seal(path)
+def digest_before_seal(path: str) -> str:
+    """What the seal should say. Raises OSError."""
     digest = hashlib.sha256()
     left = os.path.getsize(path) - _SEAL_SIZE
     with open(path, "rb") as file:
@@ -41,7 +40,12 @@ def check_whole(path: str) -> None:
                 break
             digest.update(chunk)
             left -= len(chunk)
-    if digest.hexdigest() != wanted:
+    return digest.hexdigest()
+
+
+def check_whole(path: str) -> None:
+    """Compare all of the file with its `seal`. Raises as that does."""
+    if seal(path) != digest_before_seal(path):
         raise Damaged(f"{path} is damaged: its content is not what was packed; copy or pack it again")
 
 

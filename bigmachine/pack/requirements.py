@@ -16,7 +16,7 @@ distribution a module's name will come from.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,12 +77,7 @@ def find_requirements(
     lines, editable, names = _replace_editables(lines, source, here, pinned)
     constraints = list(asked.constraints)
     if pinned:
-        # What is ours, too: in these versions the program has been tried.
-        ours = [Requirement(text) for text in shipped_requirements(map(str, here.requires("bigmachine")))]
-        versions = here.closure([*ours, *(line.requirement for line in lines)])
-        constraints += [
-            f"{name}=={version}" for name, version in versions.items() if name not in ("bigmachine", *names)
-        ]
+        constraints += _as_installed(here, lines, {"bigmachine", *names}, "==" if installed else "<=")
     return Wanted(
         lines=() if asked.lock is not None else tuple(dict.fromkeys(line.text for line in lines)),
         constraints=tuple(dict.fromkeys(constraints)),
@@ -93,6 +88,19 @@ def find_requirements(
         origin=asked.origin,
         python=asked.python,
     )
+
+
+def _as_installed(here: Installed, lines: Sequence[Line], left_out: Collection[str], ours: str) -> list[str]:
+    """Constraints to the versions that are installed here. What is there for bigmachine alone is bound by `ours`: where no
+    driver is running yet, an older version will do, as a platform may have no newer one."""
+    required = [Requirement(text) for text in shipped_requirements(map(str, here.requires("bigmachine")))]
+    theirs = here.closure([line.requirement for line in lines])
+    both = {**here.closure(required), **theirs}
+    return [
+        f"{name}{'==' if name in theirs else ours}{version}"
+        for name, version in sorted(both.items())
+        if name not in left_out
+    ]
 
 
 def _asked(script: Path, source: Source, files: Sequence[Path], project: Path | None) -> Asked | None:
