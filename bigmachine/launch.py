@@ -137,23 +137,36 @@ def own_program() -> Program | None:
 
 
 def packed_file(program: Program, platforms: Sequence[str]) -> Program:
-    """`program` with its packed file, which is made where there is none. Raises `PackError`, `UsageError`."""
+    """`program` with its packed file, which is made where there is none: of the bare toolkit, where `program` is that.
+    Raises `PackError`, `UsageError`."""
     if program.file is not None:
         from .pack.archive import read_contents  # Only for systems whose machines have nothing yet.
 
         contents = read_contents(program.file)
         for platform in platforms:
-            contents.manifest(platform)
+            contents.manifest(platform)  # Raises where it is missing.
         return program
-    kind, words, _ = split_command(sys.orig_argv)
-    if kind not in ("file", "m") or program.digest is None:
-        raise UsageError("machines of this system need the program, and it is not in a file: put it into one")
-    from .pack.itself import pack_itself  # Which a packed program does not have all of.
+    if packed() is not None:
+        raise UsageError("a packed program cannot pack: start the session with driver.start()")
+    from .pack.itself import TOOLKIT, pack_itself  # Which a packed program does not have all of.
 
-    main: str = sys.modules["__main__"].__file__ or words[-1]
-    target = Path(main).parent if kind == "m" and Path(main).name == "__main__.py" else Path(main)
-    file, digest = pack_itself(target, platforms)
+    file, digest = pack_itself(TOOLKIT if BARE in program.argv else _main_target(), platforms)
     return replace(program, file=file, digest=digest)
+
+
+def _main_target() -> Path:
+    """What to pack for this very program: its script, or the directory whose ``__main__.py`` it is. Raises `UsageError`."""
+    main = sys.modules["__main__"]
+    file = getattr(main, "__file__", None)
+    if split_command(sys.orig_argv).kind not in ("file", "m") or file is None:
+        raise UsageError("machines of this system need the program, and it is not in a file: put it into one")
+    if Path(file).name == "__main__.py":
+        return Path(file).parent
+    if main.__spec__ is not None and "." in main.__spec__.name:
+        raise UsageError(
+            f"a module of a package cannot pack itself: {main.__spec__.name}; run a script, or the package's __main__"
+        )
+    return Path(file)
 
 
 def bare_program() -> Program:

@@ -26,7 +26,7 @@ LAYERS: list[set[str]] = [
     {"boot", "keepalive"},
     {"fleet"},
     {"session"},
-    {"supervisor", "worker"},
+    {"supervisor", "worker", "toolkit"},
     {"systems"},
     {"launch"},
     {"driver", "testing"},

@@ -339,6 +339,37 @@ def test_a_program_that_is_not_packed_packs_itself(app: Path, tmp_path: Path) ->
     assert run(sys.executable, app, "double", "-bigm.image", cwd=tmp_path).stdout == "42\n"
 
 
+def test_without_a_program_the_toolkit_is_sent(environ: Mapping[str, str]) -> None:
+    """As from a notebook: what it defines goes by value."""
+    name = "cryptography"
+
+    class Finder:
+        def finds(self) -> bool:
+            import importlib.util
+
+            return importlib.util.find_spec(name) is not None
+
+    with bigmachine.start(image=True) as b:
+        (machine,) = b.start(1, {"F": Finder()})
+        assert machine.call("F.finds", timeout=RUN_TIMEOUT) is False
+
+
+@pytest.mark.parametrize("how", ["script", "directory", "module", "package"])
+def test_whatever_is_executed_is_what_is_packed(environ: Mapping[str, str], tmp_path: Path, how: str) -> None:
+    package = tmp_path / "tool"
+    package.mkdir()
+    script = write_app(tmp_path / "app")
+    main = package / "__main__.py"
+    main.write_text(APP.replace("import helper\n", ""))
+    if how in ("module", "package"):
+        (package / "__init__.py").write_text("")
+    command = {"script": [script.name], "directory": ["../tool"], "module": ["-m", "app"], "package": ["-m", "tool"]}[
+        how
+    ]
+    folder = tmp_path if how == "package" else script.parent
+    assert run(sys.executable, *command, "double", "-bigm.image", cwd=folder).stdout == "42\n"
+
+
 def test_a_program_that_is_in_no_file_cannot_be_an_image(environ: Mapping[str, str]) -> None:
     code = "from bigmachine import driver; driver.start(image=True)"
     done = run(sys.executable, "-c", code, check=False)

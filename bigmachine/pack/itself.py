@@ -10,6 +10,9 @@ from ..cache import Cache
 from .build import Request, pack
 from .prelude import seal
 
+TOOLKIT = Path(__file__).parents[1] / "toolkit.py"
+"""For machines that run no program."""
+
 
 class _Lines:
     """A `Progress`: lines on standard error."""
