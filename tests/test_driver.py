@@ -63,12 +63,22 @@ def test_add_flags(words: list[str]) -> None:
         (["-bigm.maxprocs=many"], "not a valid int: 'many'"),
         (["-bigm.maxprocs"], "flag -bigm.maxprocs needs a value"),
         (["-bigm.system="], "flag -bigm.system needs a value"),
+        (["-bigm.image=yes"], "flag -bigm.image takes no value"),
     ],
 )
 def test_flags_that_are_wrong(words: list[str], text: str) -> None:
     with pytest.raises(UsageError) as caught:
         driver.take_flags(words)
     assert text in str(caught.value)
+
+
+def test_a_flag_without_a_value() -> None:
+    assert driver.take_flags(["-bigm.image", "yes", "--bigm.port", "1"]) == ({"image": True, "port": 1}, ["yes"])
+    parser = argparse.ArgumentParser()
+    parser.add_argument("word")
+    driver.add_flags(parser)
+    assert parser.parse_args(["--bigm.image", "yes"]).word == "yes"
+    assert driver._parsed == {"image": True}
 
 
 def test_a_parser_refuses_unknown_flags(capsys: pytest.CaptureFixture[str]) -> None:
