@@ -5,11 +5,13 @@ It lies in the platform's cache directory (``~/.cache/bigmachine``, ``~/Library/
 made under another name and renamed, so that several processes may use one cache; the first one's entry stays.
 
 Whoever works with entries holds the cache in use (`Cache.use`); `clear` waits for nobody, and refuses while somebody does.
+The directory says by its `TAG` that it is a cache: no other is ever used or cleared.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -38,6 +40,19 @@ KINDS = {
 
 STALE = 24 * 3600.0
 """Seconds after which an unfinished entry is certainly nobody's any more."""
+
+UNUSED = 30 * 24 * 3600.0
+"""Seconds after which entries of `PASSING` kinds are removed: each edit of a program makes new ones."""
+
+PASSING = ("packed", "programs", "images")
+
+TAG = "CACHEDIR.TAG"
+"""As backup programs know it: https://bford.info/cachedir/"""
+
+_TAG_TEXT = "Signature: 8a477f597d28d172789f06886806bc55\n# Made by bigmachine, which can make all of it again.\n"
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What file systems say that have no locks: there, nobody should clear the cache while a program runs."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +87,21 @@ class Cache:
     def get(self, kind: str, key: str) -> Path | None:
         """The directory of an entry; None where there is none."""
         path = self.path(kind, key)
-        return path if path.is_dir() else None
+        if not path.is_dir():
+            return None
+        if kind in PASSING:
+            with contextlib.suppress(OSError):
+                os.utime(path)
+        return path
 
     def put(self, kind: str, key: str, fill: Callable[[Path], None]) -> Path:
         """The directory of an entry; where there is none, `fill` makes its content in an empty directory given to it.
 
         What `fill` raises passes through, and leaves nothing behind.
         """
+        if (found := self.get(kind, key)) is not None:
+            return found
         path = self.path(kind, key)
-        if path.is_dir():
-            return path
         with self.scratch() as folder:
             fill(folder)
             with self._refusals("write"):
@@ -98,6 +118,7 @@ class Cache:
         """An empty directory on the cache's file system; what is left in it is removed in the end."""
         folder = self.root / "unfinished" / secrets.token_hex(8)
         with self._refusals("write"):
+            self._make_root()
             folder.mkdir(parents=True)
         try:
             yield folder
@@ -115,7 +136,7 @@ class Cache:
             os.close(fd)
 
     def hold(self) -> None:
-        """Keep `clear` from removing entries while this process lasts."""
+        """Keep `clear` from removing entries while this process, or one that it has forked, lasts."""
         self._lock(fcntl.LOCK_SH)
 
     def usage(self) -> list[Usage]:
@@ -124,7 +145,7 @@ class Cache:
 
     def clear(self) -> int:
         """Remove everything. Returns the number of bytes. Raises `CacheError` where somebody uses it."""
-        if not self.root.is_dir():
+        if not self.root.is_dir() or not os.listdir(self.root):
             return 0
         fd = self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
@@ -153,25 +174,45 @@ class Cache:
     def _lock(self, how: int) -> int:
         """A descriptor; who closes it gives the lock back."""
         with self._refusals("use"):
-            self.root.mkdir(parents=True, exist_ok=True)
+            self._make_root()
             fd = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(fd, how)
-        except BaseException as error:
+        except BlockingIOError:
             os.close(fd)
-            if not isinstance(error, BlockingIOError):
-                raise
             reason = "a program that it holds runs, or is being packed"
             raise CacheError(f"the cache {self.root} is in use: {reason}") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(fd)
+                with self._refusals("lock"):
+                    raise
+        except BaseException:  # Ctrl-C, while it waited.
+            os.close(fd)
+            raise
         return fd
 
+    def _make_root(self) -> None:
+        """Raises `CacheError` where the directory is somebody else's, OSError."""
+        if (self.root / TAG).exists():
+            return
+        self.root.mkdir(parents=True, exist_ok=True)
+        if any(not name.startswith(TAG) for name in os.listdir(self.root)) and not (self.root / TAG).exists():
+            raise CacheError(
+                f"not a cache of bigmachine's, and not empty: {self.root}; name another directory in ${VARIABLE}"
+            )
+        with open(self.root / f"{TAG}.{secrets.token_hex(4)}", "x") as file:
+            file.write(_TAG_TEXT)
+        os.rename(file.name, self.root / TAG)
+
     def _sweep(self) -> None:
-        """Remove what processes that were killed have left unfinished."""
-        unfinished = self.root / "unfinished"
-        with contextlib.suppress(OSError):
-            for folder in unfinished.iterdir():
-                if time.time() - folder.stat().st_mtime > STALE:
-                    shutil.rmtree(folder, ignore_errors=True)
+        """Remove what processes that were killed have left unfinished, and what nobody has used for long."""
+        now = time.time()
+        for kind, age in (("unfinished", STALE), *((kind, UNUSED) for kind in PASSING)):
+            with contextlib.suppress(OSError):
+                for folder in (self.root / kind).iterdir():
+                    if now - folder.stat().st_mtime > age:
+                        shutil.rmtree(folder, ignore_errors=True)
 
     @contextlib.contextmanager
     def _refusals(self, verb: str) -> Iterator[None]:

@@ -23,10 +23,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .errors import CacheError, PackError, explain, explainers
 from .system import Program
+
+if TYPE_CHECKING:
+    from .cache import Cache
 
 RUN = "import sys; sys.path.append(sys.argv[1]); from bigmachine.program import worker_main; worker_main()"
 """Executed by machines, with `OPTIONS`; the arguments are the directories of the distributions and of the code, then the
@@ -84,11 +87,16 @@ def packed_program(program: Packed, package: str = PACKAGE) -> Program:
 # -- Ways in -------------------------------------------------------------------------------------------------------------
 
 
-def main() -> NoReturn:
-    """What a packed file calls: run the user's program as the driver."""
+def pex_main() -> NoReturn:
+    """What a file packed by pex calls. It executes something that it has installed, and says where it began."""
+    main(os.environ.pop("PEX", ""))
+
+
+def main(file_name: str = "") -> NoReturn:
+    """What a packed file calls: run the user's program as the driver. By default the file is what is executed."""
     from .pack.prelude import Damaged  # Not on machines.
 
-    file = Path(os.environ.pop("PEX", "") or sys.argv[0]).absolute()
+    file = Path(file_name or sys.argv[0]).absolute()
     try:
         program = Packed.read(_unpacked(file), file, sys.argv[1:])
     except (PackError, CacheError, Damaged, OSError) as error:
@@ -116,34 +124,59 @@ def worker_main() -> NoReturn:
 def _unpacked(file: Path) -> Path:
     """The directory with the code of the packed `file`. Kept in use, in the cache, for the life of this process."""
     from .cache import Cache  # As above.
-    from .pack.prelude import check_whole, seal
+    from .pack.prelude import seal
 
     key = seal(str(file))
-    cache = Cache()
+    status = file.stat()
+    stamp = f"{status.st_dev}-{status.st_ino}-{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}"
     try:
+        cache = Cache()
         cache.hold()
+        return _in_cache(cache, file, key, stamp)
     except CacheError:  # A home that cannot be written to, or none: a directory of our own, for this once.
-        cache = Cache(_temporary())
-    stat = file.stat()
-    stamp = f"{stat.st_dev}-{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}"
-    folder = cache.path("programs", key)
-    if not (folder / "seen" / stamp).exists():
-        from .pack.archive import unpack_code  # And what reads archives: only the first time.
+        return _in_cache(Cache(_temporary() / "cache"), file, key, stamp)
 
-        check_whole(str(file))
-        cache.put("programs", key, lambda empty: unpack_code(file, empty))
+
+def _in_cache(cache: Cache, file: Path, key: str, stamp: str) -> Path:
+    folder = cache.get("programs", key)
+    whole = folder is not None and _is_whole(folder)
+    if folder is not None and whole and (folder / "seen" / stamp).exists():
+        return folder
+    from .pack.archive import unpack_code  # And what reads archives: only the first time.
+    from .pack.prelude import check_whole
+
+    check_whole(str(file))
+    if folder is not None and not whole:
+        _remove(folder)
+    folder = cache.put("programs", key, lambda empty: unpack_code(file, empty))
+    try:
         (folder / "seen").mkdir(exist_ok=True)
         (folder / "seen" / stamp).touch()
+    except OSError as error:
+        raise CacheError(f"cannot write the cache {cache.root}: {error.strerror}") from error
     return folder
 
 
-def _temporary() -> Path:
+def _is_whole(folder: Path) -> bool:
+    """Cleaners of caches remove single files, those that were not read for long."""
+    try:
+        return (folder / "code" / Packed.read(folder, None, ()).entry).is_file()
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _remove(folder: Path) -> None:
     import shutil  # With zlib, bz2 and lzma: not on machines.
-    import tempfile
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _temporary() -> Path:
+    import tempfile  # As above.
 
     folder = Path(tempfile.mkdtemp(prefix="bigmachine-"))
     owner = os.getpid()
-    atexit.register(lambda: shutil.rmtree(folder, ignore_errors=True) if os.getpid() == owner else None)
+    atexit.register(lambda: _remove(folder) if os.getpid() == owner else None)
     return folder
 
 
@@ -196,4 +229,10 @@ def missing_module(error: BaseException) -> str:
     if _running is None or not isinstance(error, ModuleNotFoundError) or not error.name:
         return ""
     top = error.name.partition(".")[0]
+    if (
+        top in sys.stdlib_module_names
+        or top in sys.modules
+        or importlib.machinery.PathFinder.find_spec(top) is not None
+    ):
+        return ""  # It is here, and has not what was asked of it.
     return f"{top} was not packed into {_running.name}: `bigmachine pack … --add {top}.py` (or its directory), or require it"

@@ -91,7 +91,7 @@ def test_whoever_comes_while_it_is_cleared_waits(cache: Cache) -> None:
 
         thread = threading.Thread(target=use)
         thread.start()
-        assert not entered.is_set()
+        assert not entered.wait(0.2)
     finally:
         os.close(fd)
     thread.join(10)
@@ -99,6 +99,7 @@ def test_whoever_comes_while_it_is_cleared_waits(cache: Cache) -> None:
 
 
 def test_what_the_dead_have_left_is_swept(cache: Cache) -> None:
+    cache.put("wheels", "a", write(""))
     for name, age in (("old", STALE + 60), ("new", 0)):
         folder = cache.root / "unfinished" / name
         folder.mkdir(parents=True)
@@ -106,6 +107,40 @@ def test_what_the_dead_have_left_is_swept(cache: Cache) -> None:
         os.utime(folder, (then, then))
     with cache.use():
         assert [folder.name for folder in (cache.root / "unfinished").iterdir()] == ["new"]
+
+
+def test_what_nobody_used_for_long_is_swept(cache: Cache) -> None:
+    for kind in ("programs", "wheels"):
+        for name in ("old", "new", "used"):
+            folder = cache.put(kind, name, write(""))
+            if name != "new":
+                os.utime(folder, (0, 0))
+        cache.get(kind, "used")
+    with cache.use():
+        assert {folder.name for folder in (cache.root / "programs").iterdir()} == {"new", "used"}
+        assert {folder.name for folder in (cache.root / "wheels").iterdir()} == {"new", "old", "used"}
+
+
+def test_a_directory_of_somebody_elses(tmp_path: Path) -> None:
+    photo = tmp_path / "images" / "photo.jpg"
+    photo.parent.mkdir()
+    photo.write_text("")
+    cache = Cache(tmp_path)
+    for act in (cache.clear, cache.hold, lambda: cache.put("images", "a", write(""))):
+        with pytest.raises(CacheError, match="not a cache of bigmachine's, and not empty"):
+            act()
+    assert photo.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def test_a_file_system_without_locks(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(fd: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(cache_module.fcntl, "flock", flock)
+    with cache.use():
+        cache.put("wheels", "a", write("123"))
+    assert cache.clear() == 3
 
 
 def test_a_file_system_that_refuses(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from bigmachine.cache import Cache
 from bigmachine.cli import arguments, exits, info, main, text
 from bigmachine.cli.terminal import progress
 from bigmachine.errors import CacheError, PackError, ResolveError
@@ -163,7 +164,7 @@ STEPS = "resolving for linux/amd64\nnote: app.py imports oddments, which is not 
         (CacheError("the cache is in use"), exits.FAILED, "the cache is in use"),
         (PermissionError(13, "Permission denied", "/out/app.pex"), exits.FAILED, "permission denied: /out/app.pex"),
         (OSError("odd"), exits.FAILED, "odd"),
-        (OSError(), exits.FAILED, "oSError"),
+        (OSError(), exits.FAILED, "OSError"),
         (KeyboardInterrupt(), exits.INTERRUPTED, "interrupted"),
     ],
 )
@@ -338,8 +339,7 @@ def test_sizes(count: int, shown: str) -> None:
 
 def test_cache_info_and_clear(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "cache"
-    (root / "wheels" / "abc").mkdir(parents=True)
-    (root / "wheels" / "abc" / "x.whl").write_bytes(bytes(2048))
+    Cache(root).put("wheels", "abc", lambda folder: (folder / "x.whl").write_bytes(bytes(2048)))
     assert main(["cache", "info"]) == exits.DONE
     first, *kinds = said(capsys)[0].splitlines()
     assert first == f"{root}: 2.0 KiB; another directory: $BIGMACHINE_CACHE"
@@ -404,7 +404,15 @@ def test_as_a_process() -> None:
     assert (wrong.returncode, wrong.stdout) == (2, "")
 
 
-def test_ctrl_c_ends_it_with_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "line"),
+    [
+        (signal.SIGINT, exits.INTERRUPTED, "interrupted"),
+        (signal.SIGTERM, 128 + signal.SIGTERM, "ended by SIGTERM"),
+        (signal.SIGHUP, 128 + signal.SIGHUP, "ended by SIGHUP"),
+    ],
+)
+def test_a_signal_ends_it_with_one_line(tmp_path: Path, number: int, code: int, line: str) -> None:
     # The table of contents is a pipe that nobody writes to: it waits there, whatever has been imported by then.
     program = tmp_path / "program.py"
     program.write_text(
@@ -413,7 +421,7 @@ def test_ctrl_c_ends_it_with_one_line(tmp_path: Path) -> None:
         "def wait(path):\n"
         "    print('waiting', flush=True)\n"
         "    return open(path).read()\n"
-        "info.read_contents = wait\n"
+        "info.verify = wait\n"
         "sys.exit(main(['info', sys.argv[1]]))\n"
     )
     os.mkfifo(tmp_path / "pipe")
@@ -421,9 +429,9 @@ def test_ctrl_c_ends_it_with_one_line(tmp_path: Path) -> None:
     with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "waiting\n"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, err = process.communicate(timeout=20)
-    assert (process.returncode, err) == (exits.INTERRUPTED, "bigmachine: interrupted\n")
+    assert (process.returncode, err) == (code, f"bigmachine: {line}\n")
 
 
 @pytest.mark.parametrize("command", [["--help"], ["cache", "info"], ["completion", "bash"]])

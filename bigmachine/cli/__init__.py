@@ -12,10 +12,13 @@ imports only the parser, and then the command that was asked for.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
+import threading
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ..errors import CacheError, PackError, ResolveError, UsageError
 from .arguments import make_parser
@@ -35,9 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             # --help, --version and wrong command lines: argparse has printed what there is to say.
             return _show("") or (WRONG if ended.code else DONE)
         quiet = arguments.quiet
-        return _show(_command(arguments.command)(arguments))
+        with _signals():
+            return _show(_command(arguments.command)(arguments))
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, "interrupted")
+    except _Signalled as signalled:
+        return _fail(128 + signalled.number, f"ended by {signal.Signals(signalled.number).name}")
     except UsageError as error:
         return _fail(WRONG, str(error))
     except PackError as error:
@@ -47,6 +53,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(FAILED, str(error))
     except OSError as error:
         return _fail(FAILED, _os_error(error))
+
+
+class _Signalled(BaseException):
+    """SIGTERM or SIGHUP: what is under way ends as it does by Ctrl-C, and leaves nothing running."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _: object) -> None:
+        raise _Signalled(number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _command(name: str) -> Callable[[Namespace], str]:
@@ -86,6 +117,6 @@ def _fail(code: int, line: str, details: str = "") -> int:
 
 
 def _os_error(error: OSError) -> str:
-    reason = error.strerror or str(error) or type(error).__name__
-    reason = reason[0].lower() + reason[1:]
+    reason = error.strerror or str(error)
+    reason = reason[0].lower() + reason[1:] if reason else type(error).__name__
     return reason if error.filename is None else f"{reason}: {os.fsdecode(error.filename)}"

@@ -24,8 +24,8 @@ from .text import number, size, table
 def run(arguments: Namespace) -> str:
     """About the file that `arguments` name, as text or as JSON. Raises `PackError` where it is not whole."""
     path: Path = arguments.file
-    contents = read_contents(path)
     verify(path)
+    contents = read_contents(path)
     taken = path.stat().st_size
     if arguments.json:
         return json.dumps(as_json(path, taken, contents), indent=1)

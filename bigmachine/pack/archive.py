@@ -24,6 +24,10 @@ FORMAT = 1
 """Of `CONTENTS`: raised when an older bigmachine could not read it any more."""
 
 
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError)
+"""What zipfile raises of archives that were damaged, wherever the damage is."""
+
+
 @dataclass(frozen=True)
 class Contents:
     """What a packed program is. `entry` is the path below its code of what is run, `version` that of bigmachine,
@@ -112,7 +116,7 @@ def read_contents(path: Path) -> Contents:
                     f"{path} was packed by bigmachine {value['bigmachine']}, in another form ({value['format']}): pack it again"
                 )
             return Contents.from_json(value)
-        except (KeyError, TypeError, ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
+        except (KeyError, TypeError, ValueError, *_UNREADABLE) as error:
             raise PackError(
                 f"{path} is damaged: its table of contents cannot be read; copy or pack it again"
             ) from error
@@ -138,7 +142,7 @@ def unpack_code(path: Path, folder: Path) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 data, executable = _file(archive, info.filename)
                 target.write_bytes(data)
-                target.chmod(0o755 if executable else 0o644)
+                target.chmod(0o555 if executable else 0o444)  # It is shared: nobody is to write into it.
 
 
 def write_part(path: Path, part: Part, out: IO[bytes]) -> None:
@@ -157,7 +161,7 @@ def write_part(path: Path, part: Part, out: IO[bytes]) -> None:
                 write_code_tar(
                     {place: _file(archive, f"{site}/{place}") for place in recorded_places(record, info)}, out
                 )
-        except (KeyError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        except (KeyError, ValueError, *_UNREADABLE) as error:
             raise PackError(f"{path} is damaged: {part.name} cannot be read; copy or pack it again") from error
 
 

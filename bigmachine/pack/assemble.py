@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import stat
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -44,26 +44,39 @@ def make_base(built: Path, edits: Mapping[str, bytes], base: Path, python: str) 
         for info in sorted(source.infolist(), key=lambda info: info.filename):
             if info.is_dir() and not info.filename.startswith(".bootstrap"):
                 continue
+            executable = bool(info.external_attr >> 16 & 0o100)
+            if info.filename.endswith(".whl"):
+                _copy(source, info, target)
+                continue
             data = edits[info.filename] if info.filename in edits else source.read(info)
             if info.filename == _MAIN:
                 data = lines.encode() + data
-            _write(target, info.filename, data, executable=bool(info.external_attr >> 16 & 0o100))
+            _write(target, info.filename, data, executable)
 
 
-def finish(base: Path, warm: str, code: Mapping[str, Path], contents: Contents, output: Path) -> None:
+def finish(base: Path, warm: str, code: Mapping[str, tuple[bytes, bool]], contents: Contents, output: Path) -> None:
     """Write the packed program to `output`, which is replaced at once or not at all. Raises `PackError`."""
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    real = Path(os.path.realpath(output))  # A link stays one.
+    try:
+        fd, name = tempfile.mkstemp(prefix=".bigmachine-", dir=real.parent)
+    except OSError as error:
+        raise _unwritable(output, error) from error
+    os.close(fd)
+    temporary = Path(name)
     try:
         _finish(base, warm, code, contents, temporary)
-        temporary.replace(output)
+        temporary.replace(real)
     except OSError as error:
-        where = output if error.filename in (str(temporary), None) else error.filename
-        raise PackError(f"cannot write {where}: {error.strerror or error}; choose another place with -o") from error
+        raise _unwritable(output, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _finish(base: Path, warm: str, code: Mapping[str, Path], contents: Contents, output: Path) -> None:
+def _unwritable(output: Path, error: OSError) -> PackError:
+    return PackError(f"cannot write {output}: {error.strerror or error}; choose another place with -o")
+
+
+def _finish(base: Path, warm: str, code: Mapping[str, tuple[bytes, bool]], contents: Contents, output: Path) -> None:
     header = make_header(contents.name, contents.version, contents.python, warm)
     with open(output, "w+b") as file:
         file.write(header)
@@ -71,8 +84,8 @@ def _finish(base: Path, warm: str, code: Mapping[str, Path], contents: Contents,
             shutil.copyfileobj(archive, file, _CHUNK)
         with zipfile.ZipFile(file, "a") as target:
             _write(target, CONTENTS, json.dumps(contents.to_json(), indent=1, ensure_ascii=False).encode(), False)
-            for name, path in sorted(code.items()):
-                _write(target, CODE + name, path.read_bytes(), bool(path.stat().st_mode & stat.S_IXUSR))
+            for name, (data, executable) in sorted(code.items()):
+                _write(target, CODE + name, data, executable)
             target.comment = SEAL + bytes(64)
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
@@ -85,17 +98,30 @@ def _finish(base: Path, warm: str, code: Mapping[str, Path], contents: Contents,
 
 
 def _write(archive: zipfile.ZipFile, name: str, data: bytes, executable: bool) -> None:
-    info = zipfile.ZipInfo(name, EPOCH)
-    info.external_attr = (0o100755 if executable else 0o100644) << 16
-    info.create_system = 3  # Unix, whatever this is.
-    if not name.endswith("/") and _compressible(name, data):
+    info = _entry(name, executable)
+    if not name.endswith("/"):
         info.compress_type = zipfile.ZIP_DEFLATED
     archive.writestr(info, data)
 
 
-def _compressible(name: str, data: bytes) -> bool:
-    """Most wheels are compressed; those that we make are not."""
-    return not name.endswith(".whl") or len(zlib.compress(data[:65536], 1)) < 0.9 * len(data[:65536])
+def _copy(source: zipfile.ZipFile, wheel: zipfile.ZipInfo, target: zipfile.ZipFile) -> None:
+    """A wheel, which may be large. Most are compressed; those that we make are not."""
+    info = _entry(wheel.filename, executable=False)
+    info.file_size = wheel.file_size
+    with source.open(wheel) as data:
+        head = data.read(65536)
+        if len(zlib.compress(head, 1)) < 0.9 * len(head):
+            info.compress_type = zipfile.ZIP_DEFLATED
+        with target.open(info, "w") as out:
+            out.write(head)
+            shutil.copyfileobj(data, out, _CHUNK)
+
+
+def _entry(name: str, executable: bool) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name, EPOCH)
+    info.external_attr = (0o100755 if executable else 0o100644) << 16
+    info.create_system = 3  # Unix, whatever this is.
+    return info
 
 
 def _umask() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from .builders import Builder
 from .builders.choose import BUILDERS, find_builder
 from .closure import worker_names
 from .image import Manifest, Part
+from .lines import without_login
 from .measure import code_part, wheel_part
 from .platforms import Platform, load, this_platform
 from .progress import Progress
@@ -73,7 +75,7 @@ def pack(request: Request, cache: Cache, progress: Progress) -> Result:
     with cache.use():
         builder = find_builder(request.builder)
         platforms = _platforms(request, builder)
-        progress.step(f"reading {request.target.name}")
+        progress.step(f"reading {request.target.absolute().name}")
         source = find_source(request.target, request.add, _roots(request.project))
         output = _output(request, source, builder)
         wanted = find_requirements(
@@ -83,15 +85,15 @@ def pack(request: Request, cache: Cache, progress: Progress) -> Result:
         local = [shipped_wheel(cache), *(module_wheel(name, path, cache) for name, path in wanted.editable.items())]
         wheels = resolve(wanted, platforms, local, cache, progress, request.refresh)
         roots = {*wanted.roots, *(wheel.name for wheel in local[1:])}
-        manifests = [
-            _manifest(platform, wheels[platform.name], roots, source, builder, cache) for platform in platforms
-        ]
+        code = _read_code(source)
+        own = code_part(code)
+        manifests = [_manifest(platform, wheels[platform.name], roots, own, builder, cache) for platform in platforms]
         contents = _contents(source, wanted, builder, manifests)
         key = _base_key(builder, platforms, wheels)
         reused = "dependencies" if cache.get("bases", key) else ""
         base = cache.put("bases", key, lambda folder: _fill_base(folder, builder, platforms, wheels, cache, progress))
         progress.step(f"writing {output.name}")
-        assemble.finish(base / "base", (base / "warm.sh").read_text(), source.files, contents, output)
+        assemble.finish(base / "base", (base / "warm.sh").read_text(), code, contents, output)
     size = output.stat().st_size
     return Result(output, size, contents, time.monotonic() - begun, source.notes, reused)
 
@@ -118,6 +120,8 @@ def _output(request: Request, source: Source, builder: Builder) -> Path:
     output = request.output or Path(source.name + builder.suffix)
     if output.is_dir():
         raise PackError(f"cannot write {output}: it is a directory; name a file with -o")
+    if output.exists() and not output.is_file():
+        raise PackError(f"cannot write {output}: it is no regular file; name another with -o")
     if not output.absolute().parent.is_dir():
         raise PackError(f"cannot write {output}: there is no directory {output.parent}")
     if not os.access(output.absolute().parent, os.W_OK):
@@ -128,17 +132,29 @@ def _output(request: Request, source: Source, builder: Builder) -> Path:
 
 
 def _check_python(wanted: Wanted, python: str) -> None:
-    """The lowest and the highest patch release may differ in the eyes of a specifier: one of them must do."""
-    if wanted.python and not any(SpecifierSet(wanted.python).contains(f"{python}.{patch}") for patch in (0, 99)):
+    """Some patch release of it must do."""
+    if wanted.python and not any(SpecifierSet(wanted.python).contains(f"{python}.{patch}") for patch in range(100)):
         raise PackError(f"{wanted.origin} wants Python {wanted.python}, not {python}: choose another with --python")
 
 
+def _read_code(source: Source) -> Mapping[str, tuple[bytes, bool]]:
+    """The program's own files, once: what is measured must be what is written, even if the user saves one meanwhile."""
+    code = {}
+    for name, path in source.files.items():
+        try:
+            with path.open("rb") as file:
+                code[name] = file.read(), bool(os.fstat(file.fileno()).st_mode & stat.S_IXUSR)
+        except OSError as error:
+            raise PackError(f"cannot read {path}: {error.strerror or error}") from error
+    return code
+
+
 def _manifest(
-    platform: Platform, wheels: Sequence[Wheel], roots: set[str], source: Source, builder: Builder, cache: Cache
+    platform: Platform, wheels: Sequence[Wheel], roots: set[str], code: Part, builder: Builder, cache: Cache
 ) -> Manifest:
     needed = worker_names(wheels, roots, platform)
     parts = [replace(wheel_part(wheel, cache, wheel.name in needed), file=builder.place(wheel)) for wheel in wheels]
-    return Manifest(platform.name, platform.python, (code_part(source.files), *parts))
+    return Manifest(platform.name, platform.python, (code, *parts))
 
 
 def _contents(source: Source, wanted: Wanted, builder: Builder, manifests: Sequence[Manifest]) -> Contents:
@@ -150,15 +166,19 @@ def _contents(source: Source, wanted: Wanted, builder: Builder, manifests: Seque
         builder=builder.name,
         digest=_program_digest(source.entry, manifests),
         origin=wanted.origin,
-        requirements=wanted.lines,
+        requirements=tuple(map(without_login, wanted.lines)),
         platforms=tuple(manifests),
     )
 
 
 def _program_digest(entry: str, manifests: Sequence[Manifest]) -> str:
     """What driver and machines compare: equal where the same code runs with the same distributions."""
-    parts: list[Part] = [part for manifest in manifests for part in manifest.parts]
-    said = [entry, manifests[0].python, sorted({(part.name, part.version, part.digest) for part in parts})]
+    parts = [
+        (manifest.platform, part.name, part.version, part.digest, part.worker)
+        for manifest in manifests
+        for part in manifest.parts
+    ]
+    said = [entry, manifests[0].python, sorted(parts)]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 

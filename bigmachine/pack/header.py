@@ -6,6 +6,8 @@ there are, and notices a file whose end is missing. The shell reads no further t
 
 from __future__ import annotations
 
+import re
+
 _BASE = 10**15
 """Added to the file's size, so that the number has as many digits whatever the size is, and no leading zeros (octal)."""
 
@@ -41,7 +43,8 @@ def make_header(name: str, version: str, python: str, warm: str) -> bytes:
     """For a file whose size is not known yet. `warm` is what the builder does where all is installed already: whole
     lines for the shell, or nothing."""
     place = _PLACE.decode()
-    return _HEADER.format(name=name, version=version, python=python, warm=warm, place=place, base=_BASE).encode()
+    shown = re.sub(r"[^ -~]", "?", name)  # In a comment, which a line break would end.
+    return _HEADER.format(name=shown, version=version, python=python, warm=warm, place=place, base=_BASE).encode()
 
 
 def with_size(header: bytes, size: int) -> bytes:

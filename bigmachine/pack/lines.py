@@ -34,6 +34,11 @@ def has_hash(wheel: Wheel, algorithm: str, digest: str) -> bool:
         return hashlib.file_digest(file, algorithm).hexdigest() == digest.lower()
 
 
+def without_login(line: str) -> str:
+    """The line, for showing it to anybody: without user and password in an address."""
+    return re.sub(r"://[^/@\s]+@", "://", line)
+
+
 def holds(requirement: Requirement, platform: Platform) -> bool:
     return requirement.marker is None or requirement.marker.evaluate({**platform.environment(), "extra": ""})
 

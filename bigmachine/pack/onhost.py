@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +11,8 @@ from pathlib import Path
 from ..bootstrap import parts
 from ..cache import Cache
 from ..errors import PackError
-from .archive import read_contents, unpack_code, write_part
-from .image import Part
+from .archive import Contents, read_contents, unpack_code, write_part
+from .image import Manifest, Part
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ def unpack_image(file: Path, platform: str, cache: Cache) -> Unpacked:
     Raises `PackError` where the file is damaged, or was not packed for this platform; `CacheError`; OSError.
     """
     contents = read_contents(file)
-    distributions = [part for part in contents.manifest(platform).worker() if part.kind != "code"]
+    manifest = contents.manifest(platform)
+    distributions = [part for part in manifest.worker() if part.kind != "code"]
     folders = [_unpacked(file, part, cache) for part in distributions]
 
     def fill(folder: Path) -> None:
@@ -35,10 +38,15 @@ def unpack_image(file: Path, platform: str, cache: Cache) -> Unpacked:
         unpack_code(file, folder)
 
     try:
-        folder = cache.put("images", f"{contents.digest}-{platform.replace('/', '-')}", fill)
+        folder = cache.put("images", _key(contents, manifest), fill)
     except parts.PartError as error:
         raise PackError(str(error)) from error
     return Unpacked(folder / "site", folder)
+
+
+def _key(contents: Contents, manifest: Manifest) -> str:
+    said = [contents.digest, manifest.platform, [part.digest for part in manifest.worker()]]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def _unpacked(file: Path, part: Part, cache: Cache) -> Path:

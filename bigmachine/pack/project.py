@@ -47,7 +47,7 @@ def _read_pyproject(path: Path) -> Asked:
     requirements = parse_list(table.get("dependencies", []), "dependencies", str(path))
     return Asked(
         lines=tuple(Line(parse_requirement(item, str(path)), str(path)) for item in requirements),
-        origin=f"{path.name} in {path.parent}",
+        origin=path.name,
         python=_python(table, path),
     )
 
@@ -74,7 +74,7 @@ def _read_lock(path: Path) -> Asked:
     else:
         lines = ()
     lines = lines or tuple(Line(Requirement(name), str(path)) for name in locked)
-    return Asked(lines=lines, origin=f"{path.name} in {path.parent}", lock=path, python=_python(table, path))
+    return Asked(lines=lines, origin=path.name, lock=path, python=_python(table, path))
 
 
 def locked_versions(path: Path) -> dict[str, str]:

@@ -55,7 +55,7 @@ def read_files(paths: Sequence[Path]) -> Asked:
         reading.read(path, (), constraints=False)
     return Asked(
         lines=tuple(reading.lines),
-        origin=", ".join(str(path) for path in paths),
+        origin=", ".join(path.name for path in paths),
         constraints=tuple(dict.fromkeys(reading.constraints)),
         options=tuple(reading.options),
     )
@@ -99,7 +99,7 @@ class _Reading:
         elif option == "--no-binary":
             raise PackError(f"{where}: wheels only, and this forbids them: --no-binary {value}; take the line out")
         elif option == "--find-links" and "://" not in value and (path.parent / value).exists():
-            self._add(option, os.path.abspath(path.parent / value))
+            self._add(option, Path(os.path.abspath(path.parent / value)).as_uri())
         elif option:
             self._add(*([option, value] if value else [option]))
 

@@ -103,7 +103,10 @@ def _load(key: str, platforms: Sequence[Platform], cache: Cache) -> dict[str, li
     folder = cache.get("resolved", key)
     if folder is None:
         return None
-    entry: dict[str, list[dict[str, Any]]] = json.loads((folder / "wheels.json").read_text("utf-8"))
+    try:
+        entry: dict[str, list[dict[str, Any]]] = json.loads((folder / "wheels.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None  # Damaged: it is made again.
     found: dict[str, list[Wheel]] = {}
     for platform in platforms:
         wheels = found[platform.name] = []

@@ -100,8 +100,11 @@ def _find_entry(target: Path) -> _Entry:
                 f"{target} is a directory without __main__.py: give the script to be run, or add __main__.py"
             )
         if (directory / "__init__.py").is_file():
-            name = directory.name
-            return _Entry(name, directory.parent, main, f"{name}/__main__.py", directory)
+            top = directory
+            while (top.parent / "__init__.py").is_file():  # A package within a package.
+                top = top.parent
+            inside = main.relative_to(top.parent).as_posix()
+            return _Entry(directory.name, top.parent, main, inside, top)
         return _Entry(directory.name, directory, main, "__main__.py")
     if not target.exists():
         raise PackError(f"no such file: {target}")

@@ -86,7 +86,10 @@ class Tree:
                     _check_name(inside)
                     self._enter(below, inside, chain, entry.is_symlink())
             elif os.path.isfile(inside):
-                self.add_file(below, inside)
+                if _is_packed(inside):
+                    self._note(f"{below} is a packed program: left out")
+                else:
+                    self.add_file(below, inside)
             elif entry.is_symlink() and not os.path.exists(inside):
                 self._note(f"{below} is a broken symbolic link: left out")
             else:
@@ -121,6 +124,16 @@ class Tree:
                 "move data out of the packages, to where machines can read it"
             )
         return files
+
+
+def _is_packed(path: Path) -> bool:
+    """Whether we made this file: packing again must not pack what was packed before."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(256)
+    except OSError:
+        return False  # `finish` says it.
+    return head.startswith(b"#!/bin/sh\n# ") and b": packed by bigmachine " in head
 
 
 def _size(path: Path) -> int:

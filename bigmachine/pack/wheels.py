@@ -14,7 +14,6 @@ import csv
 import hashlib
 import importlib.metadata
 import io
-import os
 import re
 import shutil
 import zipfile
@@ -30,6 +29,7 @@ from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel
 from ..cache import Cache
 from ..errors import PackError
 from ..info import VERSION
+from .tree import Tree
 
 WORKER: tuple[str, ...] = ("h2", "cloudpickle", "psutil")
 """What of bigmachine's requirements a worker needs. Any other that is shipped is the driver's alone."""
@@ -163,15 +163,10 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _tree(folder: Path, prefix: str) -> dict[str, bytes]:
-    """Every file below `folder` but bytecode, by its path in the wheel."""
-    files = {}
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name != "__pycache__"]
-        for name in names:
-            if not name.endswith(".pyc"):
-                path = Path(parent, name)
-                files[prefix + path.relative_to(folder).as_posix()] = _read(path)
-    return files
+    """The files below `folder`, without what is never packed, by their paths in the wheel."""
+    tree = Tree()
+    tree.add_directory(prefix.rstrip("/"), folder)
+    return {name: _read(path) for name, path in tree.finish().items()}
 
 
 def _file(path: Path, target: str) -> dict[str, bytes]:

@@ -204,8 +204,10 @@ class LocalLauncher:
                 from ..pack.onhost import unpack_image
 
                 cache = Cache()
-                self._in_use.enter_context(cache.use())
-                self._image = unpack_image(program.file, self.ships[0], cache)
+                with contextlib.ExitStack() as stack:
+                    stack.enter_context(cache.use())
+                    self._image = unpack_image(program.file, self.ships[0], cache)
+                    self._in_use = stack.pop_all()
                 self._supervisor = _supervisor_command(self._image.site)
         self._start_nursery()
         own = program.argv[len(program.argv) - program.own_args :]

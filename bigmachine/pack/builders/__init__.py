@@ -15,9 +15,6 @@ from ...cache import Cache
 from ..platforms import Platform
 from ..wheels import Wheel
 
-ENTRY = "bigmachine.program:main"
-"""What the archive calls."""
-
 
 @dataclass(frozen=True)
 class Built:

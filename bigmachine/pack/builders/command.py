@@ -16,12 +16,12 @@ TIMEOUT = 600.0
 def run_tool(tool: str, arguments: Sequence[str], environ: Mapping[str, str]) -> None:
     """Run ``python -m tool``, with `environ` added and none of the user's settings for it. Raises `PackError`.
 
-    The tool writes nothing to our standard streams.
+    The tool writes nothing to our standard streams, and sees no module of the working directory.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PEX_", "SHIV_", "PYTHON"))}
     try:
         done = subprocess.run(
-            [sys.executable, "-m", tool, *arguments],
+            [sys.executable, "-P", "-m", tool, *arguments],
             env={**kept, **environ, "PYTHONHASHSEED": "0"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -19,16 +19,18 @@ from ...cache import Cache
 from ...errors import PackError
 from ..platforms import Platform
 from ..wheels import Wheel
-from . import ENTRY, Built
+from . import Built
 from .command import run_tool
 
+ENTRY = "bigmachine.program:pex_main"
 INFO = "PEX-INFO"
 MAIN = "__main__.py"
 
 WARM = """\
 root="${{PEX_ROOT:-{root}}}"
 installed="$root/{installed}"
-if [ -x "$installed" ] && [ -z "${{PEX_TOOLS:-}}${{PEX_PYTHON:-}}${{PEX_PYTHON_PATH:-}}${{PEX_PATH:-}}${{PEX_VENV:-}}" ]; then
+chosen="${{PEX_TOOLS:-}}${{PEX_PYTHON:-}}${{PEX_PYTHON_PATH:-}}${{PEX_PATH:-}}${{PEX_VENV:-}}"
+if [ -x "$installed/bin/python" ] && [ -z "$chosen" ]; then
     PEX="$0" exec "$installed/bin/python" -I "$installed" "$@"
 fi
 """

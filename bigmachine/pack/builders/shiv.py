@@ -17,9 +17,10 @@ from ..measure import wheel_part
 from ..platforms import Platform
 from ..tars import write_wheel_tar
 from ..wheels import Wheel
-from . import ENTRY, Built
+from . import Built
 from .command import run_tool
 
+ENTRY = "bigmachine.program:main"
 SITE = "site-packages"
 
 
