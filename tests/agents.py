@@ -105,14 +105,18 @@ class AgentProcess:
         """What agents on this cache have under way, apart from their locks."""
         return [path for path in (self.cache / "work").glob("*/*") if path.name not in ("lock", "id")]
 
+    def kill(self) -> None:
+        """Its process group; service processes die with their supervisor."""
+        if self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
     def close(self) -> None:
         """The session's processes are killed; a supervisor's services die with it."""
         for client in self.clients:
             client.close()
-        if self.process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait(SOON)
+        self.kill()
+        self.process.wait(SOON)
         self.stderr()
         for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
             assert stream is not None
@@ -160,6 +164,9 @@ class AgentLauncher:
         self._settings = settings
         self._trust = Trust()
         self._lock = threading.Lock()
+        self._gone = threading.Condition(self._lock)
+        self._stopped: set[str] = set()
+        self._launches: dict[str, tuple[threading.Thread, Delivery]] = {}
         self._count = 0
         self.agents: dict[str, AgentProcess] = {}
         self._ended: dict[str, str] = {}
@@ -178,7 +185,9 @@ class AgentLauncher:
         for order in orders:
             future: Future[Launched] = Future()
             futures.append(future)
-            threading.Thread(target=self._launch, args=(order, delivery, future), daemon=True).start()
+            thread = threading.Thread(target=self._launch, args=(order, delivery, future), daemon=True)
+            self._launches[order.id] = (thread, delivery)
+            thread.start()
         return futures
 
     def _launch(self, order: Order, delivery: Delivery, future: Future[Launched]) -> None:
@@ -187,12 +196,15 @@ class AgentLauncher:
                 cache = self._hosts[self._count % len(self._hosts)]
                 self._count += 1
             agent = AgentProcess(self._trust, cache, order.id, **self._settings)
-            self.agents[order.id] = agent
+            client = agent.client()
+            with self._lock:
+                self.agents[order.id] = agent
+                stopped = order.id in self._stopped
             threading.Thread(target=self._watch, args=(agent,), daemon=True).start()
+            if stopped:
+                agent.kill()
             future.set_result(
-                delivery.deliver(
-                    order, agent.client(), host="localhost", maxprocs=self._maxprocs, peer_host="127.0.0.1"
-                )
+                delivery.deliver(order, client, host="localhost", maxprocs=self._maxprocs, peer_host="127.0.0.1")
             )
         except Exception as error:
             future.set_exception(error)
@@ -205,18 +217,26 @@ class AgentLauncher:
         with self._lock:
             reason = self._ended[agent.id] = f"its process ended with code {code}"
             callbacks = self._callbacks.pop(agent.id, [])
+            self._gone.notify_all()
         for callback in callbacks:
             callback(reason)
 
     def stop(self, id: str, grace: float) -> None:
-        agent = self.agents.get(id)
-        if agent is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                agent.process.wait(grace)
-            if agent.process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(agent.process.pid, signal.SIGKILL)
-                agent.process.wait(SOON)
+        with self._lock:
+            if id not in self._launches:
+                return
+            thread, delivery = self._launches[id]
+            self._stopped.add(id)
+            agent = self.agents.get(id)
+            ended = agent is not None and self._gone.wait_for(
+                lambda: id in self._ended, 0.0 if thread.is_alive() else grace
+            )
+        delivery.cancel(id)
+        if agent is not None and not ended:
+            agent.kill()
+        thread.join(SOON)
+        with self._lock:
+            self._gone.wait_for(lambda: id in self._ended or id not in self.agents, SOON)
 
     def ended(self, id: str) -> str | None:
         return self._ended.get(id)

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from bigmachine.cli.live import LiveLine
-from bigmachine.cli.terminal import Lines, is_live, progress
+from bigmachine.cli.terminal import is_live, progress
+from bigmachine.pack.progress import Lines
 
 COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-7]m")
 SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

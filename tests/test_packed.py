@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -15,7 +16,6 @@ import sys
 import threading
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,8 @@ def main():
                 result = machine.call("S.double", Point(21))
                 assert type(result) is Point
                 print(result.x)
+            elif args.method == "info":
+                print(repr(machine.supervisor.call("Supervisor.info", (), {}, 10).digest))
             elif args.method == "input":
                 print("running", flush=True)
                 input()
@@ -146,7 +148,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     return folder
 
 
-@contextmanager
+@contextlib.contextmanager
 def once(folder: Path) -> Iterator[bool]:
     """Whether the block is to make `folder`: for one process, while the others wait for it."""
     done = folder.with_suffix(".done")
@@ -518,6 +520,11 @@ def test_a_worker_that_misses_a_module_says_what_to_add(file: Path) -> None:
     assert "--add left_behind.py" in done.stderr
 
 
+def test_what_is_there_and_lacks_something_is_not_to_be_added(packed: Mapping[str, Path]) -> None:
+    for name in ("json.nothing", "h2.nothing", "winreg"):
+        assert "--add" not in run(packed["pex"], "needs", name, check=False).stderr
+
+
 def test_a_program_that_misses_a_module_at_its_start_says_what_to_add(
     environ: Mapping[str, str], tmp_path: Path
 ) -> None:
@@ -752,6 +759,31 @@ def test_the_file_shows_the_users_code_to_any_zip_tool(packed: Mapping[str, Path
         assert json.loads(archive.read(CONTENTS))["entry"] == "app.py"
         assert {info.date_time for info in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
     assert stat.S_IMODE(packed["pex"].stat().st_mode) & 0o111
+
+
+def test_the_command_line_tells_what_is_in_it(file: Path) -> None:
+    told = json.loads(run(sys.executable, "-m", "bigmachine", "info", "--json", file).stdout)
+    assert told["digest"] == read_contents(file).digest
+    shown = run(sys.executable, "-m", "bigmachine", "info", file).stdout
+    assert told["digest"] in shown
+    assert f"{HERE}, Python {python_version()}" in shown
+
+
+def test_damage_anywhere_is_one_line(packed: Mapping[str, Path], tmp_path: Path) -> None:
+    data = packed["pex"].read_bytes()
+    damaged = tmp_path / "app.pex"
+    for at in range(1, len(data), len(data) // 40):
+        damaged.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+        with pytest.raises(PackError) as caught:
+            verify(damaged)
+        assert "\n" not in str(caught.value)
+        with contextlib.suppress(PackError):  # And nothing else.
+            read_contents(damaged)
+
+
+def test_a_machine_says_which_program_it_runs(packed: Mapping[str, Path]) -> None:
+    digest = read_contents(packed["pex"]).digest
+    assert run(packed["pex"], "info").stdout == f"{digest!r}\n"
 
 
 def test_an_edit_sends_one_small_part(app: Path, tmp_path: Path) -> None:

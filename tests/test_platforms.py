@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 from packaging.markers import Marker
 from packaging.tags import sys_tags
+from packaging.version import Version
 
 from bigmachine.errors import PackError
 from bigmachine.pack import platforms
@@ -81,6 +82,9 @@ def test_the_tags_are_those_of_an_interpreter_on_that_glibc() -> None:
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     if python not in PYTHONS:
         pytest.skip(f"there is no data for this Python, {python}")
+    name, glibc = platform.libc_ver()
+    if this_platform() != "linux/amd64" or name != "glibc" or Version(glibc) < Version("2.34"):
+        pytest.skip(f"this is not linux/amd64 with glibc 2.34 or later: {this_platform()}, {name} {glibc}")
 
     def comparable(tag: str) -> bool:
         # Newer glibcs than ours; where a wheel of unknown glibc belongs (linux_x86_64), versions of `packaging` disagree.

@@ -17,6 +17,7 @@ MEANINGS = {
     WRONG: "the command line is wrong: an unknown command, option, platform or builder",
     UNRESOLVED: "the program's requirements cannot be met",
     INTERRUPTED: "interrupted (Ctrl-C)",
+    "128+n": "ended by signal n (SIGTERM, SIGHUP)",
     UNREAD: "nobody reads the output any more",
 }
 """For ``--help``."""

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import TextIO
 
-from ..pack.progress import Progress, Silent
+from ..pack.progress import Lines, Progress, Silent
 
 
 def is_live(stream: TextIO, environ: Mapping[str, str]) -> bool:
@@ -27,30 +27,9 @@ def progress(silent: bool = False, stream: TextIO | None = None) -> Iterator[Pro
     if silent:
         yield Silent()
     elif is_live(stream, os.environ):
-        from .live import (
-            LiveLine,
-        )  # rich, which takes longer to load than the rest of the command line: only for terminals.
+        from .live import LiveLine  # rich takes longer to load than the rest of the command line: only for terminals.
 
         with LiveLine(stream) as line:
             yield line
     else:
         yield Lines(stream)
-
-
-class Lines:
-    """A `Progress` that writes a line for each step and note; what has just been said is not said again."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._step = ""
-        self._notes: set[str] = set()
-
-    def step(self, text: str) -> None:
-        if text != self._step:
-            self._step = text
-            print(text, file=self._stream, flush=True)
-
-    def note(self, text: str) -> None:
-        if text not in self._notes:
-            self._notes.add(text)
-            print(f"note: {text}", file=self._stream, flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,7 @@ from typing import IO, Any
 from ..errors import PackError
 from .image import Manifest, Part
 from .prelude import Damaged, check_whole, seal
-from .tars import recorded_places, write_code_tar, write_wheel_tar
+from .tars import check_place, recorded_places, write_code_tar, write_wheel_tar
 
 FOLDER = ".bigmachine"
 CONTENTS = f"{FOLDER}/program.json"
@@ -172,6 +171,5 @@ def _file(archive: zipfile.ZipFile, name: str) -> tuple[bytes, bool]:
 
 def _inside(name: str, path: Path) -> str:
     """`name`, which must stay below the directory that it is relative to."""
-    if not name or name.startswith("/") or os.pardir in name.split("/") or "\0" in name:
-        raise PackError(f"{path} is damaged: it holds a file called {name!r}")
+    check_place(name, str(path))
     return name

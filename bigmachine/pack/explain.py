@@ -32,7 +32,7 @@ def explain(report: str, platform: Platform, wanted: Wanted, local: Mapping[str,
         if "Failed to bootstrap Pip" in report:
             reason = f"the resolver needs {text} for Python {platform.python} itself, and found none {index.where()}"
         else:
-            reason = _explain_missing(text, report, platform, wanted, local, index)
+            reason = _explain_missing(text, report, platform, wanted, index)
     elif conflict := _conflict(report, wanted, local):
         reason = f"the requirements conflict: {conflict}"
     else:
@@ -99,9 +99,7 @@ def _same(one: Requirement, other: Requirement) -> bool:
     return canonicalize_name(one.name) == canonicalize_name(other.name) and one.specifier == other.specifier
 
 
-def _explain_missing(
-    text: str, report: str, platform: Platform, wanted: Wanted, local: Mapping[str, Wheel], index: Index
-) -> str:
+def _explain_missing(text: str, report: str, platform: Platform, wanted: Wanted, index: Index) -> str:
     """Why nothing matches the requirement `text`, by what the indexes have."""
     requirement = requirement_of(text)
     name = canonicalize_name(requirement.name)

@@ -8,6 +8,7 @@ import json
 import ssl
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -206,7 +207,9 @@ def _file(filename: str, python: str | None = None, yanked: bool = False) -> Fil
 
 def _default_index() -> str:
     """What pip asks where nothing is configured."""
-    from pex.resolve.package_repository import PYPI  # Much of pex: only who resolves, and has no index of his own.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ImportWarning)  # Of its own loader, which later Pythons find wanting.
+        from pex.resolve.package_repository import PYPI  # Much of pex: only who resolves, and has no index of his own.
 
     return str(PYPI)
 

@@ -9,22 +9,10 @@ from pathlib import Path
 from ..cache import Cache
 from .build import Request, pack
 from .prelude import seal
+from .progress import Lines
 
 TOOLKIT = Path(__file__).parents[1] / "toolkit.py"
 """For machines that run no program."""
-
-
-class _Lines:
-    """A `Progress`: lines on standard error."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def step(self, text: str) -> None:
-        self.note(text)
-
-    def note(self, text: str) -> None:
-        sys.stderr.write(f"bigmachine: packing {self._name}: {text}\n")
 
 
 def pack_itself(target: Path, platforms: Sequence[str]) -> tuple[Path, str]:
@@ -34,7 +22,7 @@ def pack_itself(target: Path, platforms: Sequence[str]) -> tuple[Path, str]:
     with cache.use(), cache.scratch() as scratch:
         output = scratch / f"{target.stem}.pex"
         request = Request(target, tuple(platforms), output=output, installed=True)
-        result = pack(request, cache, _Lines(target.name))
+        result = pack(request, cache, Lines(sys.stderr, f"bigmachine: packing {target.name}: "))
         key = seal(str(output))
         folder = cache.put("packed", key, lambda folder: _move(output, folder))
     return folder / output.name, result.contents.digest

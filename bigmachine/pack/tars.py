@@ -50,7 +50,7 @@ def write_code_tar(files: Mapping[str, Content], out: IO[bytes]) -> None:
     """
     with _open_tar(out) as tar:
         for target, content in sorted(files.items()):
-            _check(target, "the program")
+            check_place(target, "the program")
             if isinstance(content, Path):
                 with content.open("rb") as file:
                     status = os.fstat(file.fileno())
@@ -100,11 +100,11 @@ def _place(name: str, data: Sequence[str], called: str) -> str | None:
         if (folder := SCHEMES[scheme]) is None:
             return None
         target = folder + rest
-    _check(target, called)
+    check_place(target, called)
     return target
 
 
-def _check(target: str, called: str) -> None:
+def check_place(target: str, called: str) -> None:
     """Refuse a path that is not one below the tree, or that a tar cannot hold."""
     if any(part in ("", ".", "..") for part in target.split("/")) or "\0" in target:
         raise PackError(f"{called} has a file that would lie outside of its tree: {target!r}")
