@@ -28,9 +28,13 @@ CONTROL = "BIGMACHINE_CONTROL"
 PREFIX = "bigm."
 
 FLAGS: dict[str, tuple[type, str]] = {
-    "system": (str, "where machines come from: local (default), test, or one that a package registers"),
-    "maxprocs": (int, "service processes of a machine that parallel methods may use (local: 1)"),
-    "port": (int, "local: port of the first machine, the next ones count up (0: any free port)"),
+    "system": (str, "where machines come from: local (default), ssh, test, or one that a package registers"),
+    "maxprocs": (int, "service processes of a machine that parallel methods may use (local: 1; ssh: the host's cores)"),
+    "port": (int, "local, ssh: port of a host's first machine, the next ones count up (0: any free port)"),
+    "hosts": (str, "ssh: the hosts, such as ada,grace:2222,me@h3, or @FILE with one a line"),
+    "sshconfig": (str, "ssh: ssh's configuration (~/.ssh/config)"),
+    "sshtunnel": (bool, "ssh: send everything through the SSH connections, for hosts of which no other port can be reached"),
+    "sshplatforms": (str, "ssh: what hosts may be (linux/amd64)"),
     "image": (bool, "local: machines run what other hosts would be sent, and nothing else that is installed here"),
 }
 """Every flag: its type and its help; one of type bool takes no value. A system takes those that its launcher has a

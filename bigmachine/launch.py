@@ -23,7 +23,11 @@ from .rpc.streams import Stream
 from .session import Session
 from .system import ENTRY_POINTS, Launcher, Program
 
-SYSTEMS = {"local": "bigmachine.systems.local:LocalLauncher", "test": "bigmachine.systems.inprocess:TestLauncher"}
+SYSTEMS = {
+    "local": "bigmachine.systems.local:LocalLauncher",
+    "ssh": "bigmachine.systems.ssh:SshLauncher",
+    "test": "bigmachine.systems.inprocess:TestLauncher",
+}
 """Our own, by name; only the one that is used is imported."""
 
 BARE = "import sys; sys.path[:] = sys.argv[1:]; sys.argv[1:] = []; from bigmachine.worker import bare; bare()"

@@ -112,6 +112,7 @@ MAX_LINES = 70
 
 DRIVER_ONLY = {
     "cryptography": "bigmachine.authority",
+    "paramiko": "bigmachine.systems.ssh",
     "platformdirs": "bigmachine.cache",
     "packaging": "bigmachine.pack",
     "rich": "bigmachine.cli",

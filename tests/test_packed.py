@@ -166,7 +166,7 @@ def environ(shared: Path) -> Iterator[Mapping[str, str]]:
     wheels = folder / "wheels"
     with once(wheels) as mine:
         if mine:
-            make_wheelhouse(wheels, ["h2", "cloudpickle", "psutil", "cryptography", "platformdirs"])
+            make_wheelhouse(wheels)
     ours = {
         **offline(wheels),
         "BIGMACHINE_CACHE": str(folder / "cache"),

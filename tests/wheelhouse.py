@@ -6,17 +6,19 @@ import importlib.metadata
 import os
 import sys
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from bigmachine.pack.wheels import shipped_requirements
 
-def make_wheelhouse(folder: Path, names: Iterable[str]) -> Path:
-    """A directory with a wheel of each distribution and of all that they require here."""
+
+def make_wheelhouse(folder: Path) -> Path:
+    """A directory with wheels of all that a packed program has of bigmachine's requirements, and of what those require."""
     folder.mkdir(parents=True, exist_ok=True)
-    waiting, done = list(names), set()
+    ours = shipped_requirements(importlib.metadata.requires("bigmachine") or [])
+    waiting, done = [Requirement(line).name for line in ours], set()
     while waiting:
         name = canonicalize_name(waiting.pop())
         if name in done:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import io
 import os
@@ -46,7 +47,7 @@ from ..errors import (
     UsageError,
 )
 from ..fleet import Fleet
-from ..launch import bare_program
+from ..launch import bare_program, packed_file
 from ..machine import Machine, Network
 from ..rpc.client import Client
 from ..rpc.codec import Codec
@@ -55,11 +56,17 @@ from ..rpc.streams import Stream
 from ..session import Session
 from ..state import State
 from ..supervisor.service import OWNER_ONLY
-from ..system import Launcher
+from ..system import Launcher, Program
 from .services import BadSetup, Bomb, Meeting, Probe, Trouble
 
 SOON = 5.0
 """Seconds for what takes milliseconds: for computers that have much else to do."""
+
+
+@functools.cache
+def _toolkit(ships: tuple[str, ...]) -> Program:
+    """What machines run that have nothing; it is packed once."""
+    return packed_file(bare_program(), ships)
 
 
 class Cluster:
@@ -72,7 +79,8 @@ class Cluster:
         self.authority = Authority(name)
         driver = self.authority.issue(Role.DRIVER, name)
         network = Network(lambda: client_context(driver), Codec(stream_type=Stream), reactor())
-        fleet = Fleet(launcher, self.authority, bare_program(), network, **options)
+        ships = tuple(getattr(launcher, "ships", ()))
+        fleet = Fleet(launcher, self.authority, _toolkit(ships) if ships else bare_program(), network, **options)
         self.session = Session(network, fleet=fleet, output=self.output)
 
     def start(self, n: int = 1, services: Mapping[str, object] | None = None, **options: Any) -> list[Machine]:
