@@ -70,7 +70,10 @@ def default_root() -> Path:
         return Path(chosen).absolute()
     from platformdirs import user_cache_path  # Not on workers, and not where the variable is set.
 
-    return user_cache_path("bigmachine")
+    try:
+        return user_cache_path("bigmachine")
+    except RuntimeError as error:  # Of pathlib: neither a variable nor the system says where home is.
+        raise CacheError(f"there is no home directory for the cache: name a directory in ${VARIABLE}") from error
 
 
 class Cache:

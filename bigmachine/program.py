@@ -204,7 +204,9 @@ def _load(main: ModuleType, code: Path, entry: str) -> CodeType:
         assert spec is not None
         main.__spec__, main.__package__ = spec, package
     else:
-        spec = importlib.util.spec_from_file_location("__main__", code / entry)
+        path = str(code / entry)  # Which may have any suffix, or none.
+        loader = importlib.machinery.SourceFileLoader("__main__", path)
+        spec = importlib.util.spec_from_file_location("__main__", path, loader=loader)
     assert spec is not None
     assert isinstance(spec.loader, importlib.machinery.SourceFileLoader)
     main.__loader__ = spec.loader

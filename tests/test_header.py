@@ -29,7 +29,7 @@ def search(tmp_path: Path) -> Path:
 
 def make_python(search: Path, name: str, minor: str) -> None:
     """It says its version, or with what it was executed."""
-    script = f'#!/bin/sh\nif [ "$1" = -c ]; then echo {minor}; else echo "{name}" "$@"; fi\n'
+    script = f'#!/bin/sh\nif [ "$1" = -E ]; then echo {minor}; else echo "{name}" "$@"; fi\n'
     (search / name).write_text(script)
     (search / name).chmod(0o755)
 

@@ -280,6 +280,17 @@ def test_once_installed_it_starts_without_the_builder(packed: Mapping[str, Path]
     assert "venvs" in lines[-1], lines
 
 
+@pytest.mark.parametrize("name", ["script", "script.pyw", "script.sh"])
+def test_a_script_may_have_any_name(environ: Mapping[str, str], tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("print(__name__, __file__.rpartition('/')[2])\n")
+    assert run(pack_app(tmp_path / name, tmp_path / "out.pex").path).stdout == f"__main__ {name}\n"
+
+
+def test_variables_of_the_interpreter_do_not_hide_it(packed: Mapping[str, Path]) -> None:
+    for file in packed.values():
+        run(file, "--help", env={**os.environ, "PYTHONHOME": "/nowhere"})
+
+
 def test_a_package_with_main_runs_as_with_m(environ: Mapping[str, str], tmp_path: Path) -> None:
     folder = tmp_path / "tool"
     folder.mkdir()

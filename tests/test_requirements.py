@@ -425,7 +425,7 @@ def test_a_project(given: str, tmp_path: Path, site: Site) -> None:
 @pytest.mark.parametrize("given", [".", "pylock.toml"])
 def test_a_lock_wins(given: str, tmp_path: Path, site: Site) -> None:
     got = wanted(tmp_path, "import foo", {"pyproject.toml": PROJECT, "pylock.toml": LOCK}, project=given)
-    assert (got.lines, got.lock, got.roots) == ((), tmp_path / "app/pylock.toml", ("numpy", "rich"))
+    assert (got.lines, got.lock, got.roots) == ((), tmp_path / "app/pylock.toml", ("numpy", "rich", "mdurl"))
     assert (got.origin, got.python) == ("pylock.toml", ">=3.11")
 
 
@@ -640,6 +640,16 @@ def test_other_local_installs_are_pinned_like_any(direct_url: dict[str, Any], tm
     site.install("a", "3", files=("a.py",), direct_url=direct_url)
     got = wanted(tmp_path, "import a")
     assert (got.lines, got.editable) == (("a==3",), {})
+
+
+@pytest.mark.parametrize("how", ["directory", "repository"])
+def test_what_no_index_has_is_refused(how: str, tmp_path: Path, site: Site) -> None:
+    url = {"directory": tmp_path.as_uri(), "repository": "https://me:secret@host/a.git"}[how]
+    info = {"directory": {"dir_info": {}}, "repository": {"vcs_info": {"vcs": "git"}}}[how]
+    site.install("a", "3", files=("a.py",), direct_url={"url": url, **info})
+    text = refused(tmp_path, "import a")
+    assert text.startswith(f"app.py:1 imports a, of a 3, which was installed from {url.replace('me:secret@', '')}: no index")
+    assert "\n" not in text
 
 
 # -- Beside the true environment -----------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ def is_live(stream: TextIO, environ: Mapping[str, str]) -> bool:
 def progress(silent: bool = False, stream: TextIO | None = None) -> Iterator[Progress]:
     """What shows steps and notes on `stream` (default: standard error), for as long as the block lasts."""
     stream = sys.stderr if stream is None else stream
-    if silent:
+    if silent or stream is None:  # Without a standard error there is nobody to tell.
         yield Silent()
     elif is_live(stream, os.environ):
         from .live import LiveLine  # rich takes longer to load than the rest of the command line: only for terminals.

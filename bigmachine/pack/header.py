@@ -28,7 +28,7 @@ fi
 found=""
 for python in ${{PEX_PYTHON:+"$PEX_PYTHON"}} python{python} python3 python; do
     exe=$(command -v "$python") || continue
-    minor=$("$exe" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue
+    minor=$("$exe" -E -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue
     if [ "$minor" = "{python}" ]; then
         exec "$exe" -I "$0" "$@"
     fi

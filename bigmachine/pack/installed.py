@@ -120,6 +120,18 @@ class Installed:
         except (ValueError, KeyError, AttributeError):
             return None  # Not as the standard has it: no editable install that we know of.
 
+    def origin(self, name: str) -> str:
+        """Where it was installed from, if an index has something else under its name, or nothing: a repository, or what
+        still lies here. Else empty: conda's distributions name directories of the computers that have built them."""
+        found = self._get(name)
+        try:
+            table = json.loads((found and found.read_text("direct_url.json")) or "{}")
+            url = str(table.get("url", ""))
+            local = url.startswith("file:") and Path(unquote(urlsplit(url).path)).exists()
+        except (ValueError, AttributeError):
+            return ""
+        return url if local or "vcs_info" in table else ""
+
     def editables(self) -> list[str]:
         """The names of all editable installs but our own."""
         return sorted(name for name in self._distributions if name != "bigmachine" and self.editable(name))

@@ -65,15 +65,8 @@ def _read_lock(path: Path) -> Asked:
             f"{path}: the lock has bigmachine {locked['bigmachine']}, and this is bigmachine {VERSION}: "
             "lock again, or install that version"
         )
-    project = path.parent / "pyproject.toml"
-    if project.is_file():
-        try:
-            lines = _read_pyproject(project).lines
-        except PackError:
-            lines = ()  # The lock is what counts; it stands for itself.
-    else:
-        lines = ()
-    lines = lines or tuple(Line(Requirement(name), str(path)) for name in locked)
+    # All of it is the program's: what is locked may be there for an extra or a group that pyproject.toml does not show.
+    lines = tuple(Line(Requirement(name), str(path)) for name in locked)
     return Asked(lines=lines, origin=path.name, lock=path, python=_python(table, path))
 
 

@@ -28,6 +28,7 @@ from .asked import Asked, Line, without_ourselves
 from .block import read_block
 from .imports import read_text
 from .installed import Installed, find_module
+from .lines import without_login
 from .project import locked_versions, read_project
 from .reqfile import read_files
 from .source import Source
@@ -130,6 +131,12 @@ def _from_imports(source: Source, here: Installed) -> Asked:
         if not names and module not in source.optional:
             raise _unknown(module, where)
         for name in names:
+            if (origin := here.origin(name)) and here.editable(name) is None and name != "bigmachine":
+                raise PackError(
+                    f"{where} imports {module}, of {name} {here.version(name)}, which was installed from "
+                    f"{without_login(origin)}: no index has that; build a wheel of it (pip wheel), and give a requirements "
+                    "file with --find-links FOLDER"
+                )
             lines.setdefault(name, Line(Requirement(f"{name}=={here.version(name)}"), where))
     return Asked(tuple(line for _, line in sorted(lines.items())), HERE)
 

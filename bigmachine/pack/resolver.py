@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,9 @@ NETWORK = ("--retries", "1", "--timeout", "10")
 
 ROUNDS = 5
 """How often platforms are resolved again until they agree. A round binds at least one more distribution."""
+
+LIMIT = 300.0
+"""Seconds for one round, downloads and all: without wheels for something that is required, pip may never come to an end."""
 
 GRACE = 2.0
 """Seconds that an interrupted resolver has to remove what it has begun."""
@@ -146,10 +150,16 @@ class Resolver:
             for run in runs:
                 folder = self._scratch / f"{len(list(self._scratch.iterdir()))}"
                 started.append(_Process(run, folder, self._arguments(run, folder), self._environment()))
+            deadline = time.monotonic() + LIMIT
             while (waiting := [process for process in started if process.running()]) and not any(
                 map(_Process.failed, started)
             ):
                 waiting[0].wait(0.05)
+                if time.monotonic() > deadline:
+                    raise ResolveError(
+                        f"resolving took more than {LIMIT:g} s: pip goes through combinations of versions, as one of what is "
+                        f"required needs what there is not, or downloads for long; bind versions (name==version) and try again"
+                    )
         finally:
             for process in started:
                 process.end()

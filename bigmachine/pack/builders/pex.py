@@ -29,12 +29,16 @@ MAIN = "__main__.py"
 WARM = """\
 root="${{PEX_ROOT:-{root}}}"
 installed="$root/{installed}"
+if [ -e "$installed" ] && ! [ -x "$installed/bin/python" ]; then
+    real=$(cd -P "$installed" && pwd) && rm -rf "$real" "$installed"
+fi
 chosen="${{PEX_TOOLS:-}}${{PEX_PYTHON:-}}${{PEX_PYTHON_PATH:-}}${{PEX_PATH:-}}${{PEX_VENV:-}}"
 if [ -x "$installed/bin/python" ] && [ -z "$chosen" ]; then
     PEX="$0" exec "$installed/bin/python" -I "$installed" "$@"
 fi
 """
-"""As pex's own boot script does, for which variables it does not."""
+"""As pex's own boot script does, for which variables it does not. What was installed with an interpreter that is gone, as
+after an upgrade, is removed: pex would try it, and fail."""
 
 ROOT = "~/.cache/pex"
 """Where pex installs on every platform: its default on Linux. On macOS that would differ, and with it the file's bytes."""
