@@ -428,9 +428,12 @@ def test_a_signal_ends_it_with_one_line(tmp_path: Path, number: int, code: int, 
     command = [sys.executable, str(program), str(tmp_path / "pipe")]
     with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "waiting\n"
-        process.send_signal(number)
-        _, err = process.communicate(timeout=20)
+        try:
+            assert process.stdout.readline() == "waiting\n"
+            process.send_signal(number)
+            _, err = process.communicate(timeout=20)
+        finally:
+            process.kill()
     assert (process.returncode, err) == (code, f"bigmachine: {line}\n")
 
 
