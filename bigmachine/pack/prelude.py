@@ -1,7 +1,8 @@
 """The first lines of a packed file's ``__main__.py``: is this the right Python, and is the file whole?
 
 The text of this module stands at the top of that file, with a call of `begin` after it. So it imports nothing of ours, and
-keeps to what any Python from 3.6 on understands. `bigmachine.program` uses `seal` and `check_whole`, too.
+keeps to what Python 3.8 understands: older ones do not
+execute an archive with a comment at all. `bigmachine.program` uses `seal` and `check_whole`, too.
 """
 
 import hashlib
