@@ -55,6 +55,27 @@ class LoadInfo:
     load15: float
 
 
+@dataclass(frozen=True)
+class Notice:
+    """A machine will be taken away by whoever lends it (`kind` ``"interruption"``), or probably will (``"rebalance"``).
+
+    `deadline` is when, in seconds as of `time.time`; None where nobody has said. `text` is one line for people.
+    """
+
+    kind: str
+    deadline: float | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a machine's boot that has ended, or failed: when it began, as of `time.time`, and the `seconds` it took."""
+
+    name: str
+    began: float
+    seconds: float
+
+
 def python_version() -> str:
     """The minor version, ``"3.11"``: what driver and machine must share, as pickles and bytecode depend on it."""
     return f"{sys.version_info.major}.{sys.version_info.minor}"

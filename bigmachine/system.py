@@ -16,6 +16,7 @@ from typing import Protocol
 
 from .address import format_address
 from .credentials import Credentials
+from .info import Notice
 
 ENTRY_POINTS = "bigmachine.systems"
 
@@ -69,6 +70,10 @@ class Launcher(Protocol):
 
     A launcher whose machines have nothing of the program yet has an attribute ``ships``: the platforms that they may have
     (``("linux/amd64",)``). It is given the program as a packed file then (`Program.file`), packed where it is not yet.
+
+    It may have a method ``timeline(id) -> Sequence[info.Step]``: the steps within `launch`, as far as machine `id` has got, the
+    last of them the one that failed. And ``summary() -> str``: a line about what the session has cost, which the driver
+    prints when all machines are ended; empty where there is nothing to say.
     """
 
     name: str
@@ -85,7 +90,8 @@ class Launcher(Protocol):
         to end by itself before. Idempotent, and without effect on a machine that is not this launcher's."""
 
     def ended(self, id: str) -> str | None:
-        """Why machine `id` is known to be gone; None where it may be running. Cheap: asked when a keepalive fails."""
+        """Why machine `id` is known to be gone; None where it may be running. Returns at once: asked whenever a keepalive has
+        failed. A launcher that has to look goes and looks, and reports by `on_end`."""
 
     def on_end(self, id: str, callback: Callable[[str], None]) -> None:
         """Call back, once, with the reason, when the system notices that machine `id` is gone. It may never notice."""
@@ -107,6 +113,12 @@ class Host(Protocol):
 
     def driver_gone(self) -> list[int]:
         """File descriptors of which one becomes readable when the driver has ended; none where the host cannot know."""
+
+    def renewed(self, lease: float) -> None:
+        """A driver was here, and the machine lives for `lease` seconds more: for a host with a dead man's switch."""
+
+    def watch(self, notify: Callable[[Notice], None]) -> None:
+        """Begin to look for notices that the machine will be taken away; each goes to `notify`, once, from any thread."""
 
     def exit(self, reason: str) -> None:
         """End the machine: after this the supervisor has nothing left to do. Does not return on a real one."""
