@@ -1,7 +1,7 @@
 """How a machine that was launched becomes RUNNING: a list of named steps, each with a deadline.
 
 =========  ===========================================================================================
-launch     the system starts it and says where it is
+launch     the system starts it and says where it is; a system may know the steps within (`system.Launcher`)
 connect    TLS to its supervisor: it is the machine that we started, and it is up
 check      both sides run the same bigmachine and Python
 exec       the program, re-executed there, reaches `driver.start()`; it is the same one
@@ -16,13 +16,13 @@ why, and what the machine printed last. Where the services' own code raised, it 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import BigmachineError, BootError, ProgramEnded, ProgramMismatch, Unreachable
-from .info import VERSION, Info, python_version
+from .info import VERSION, Info, Step, python_version
 from .machine import Machine
 from .rpc.failures import decode_failure
 from .system import Launched
@@ -53,8 +53,8 @@ class Services:
 
 @dataclass
 class Boot:
-    """One machine's way to RUNNING. `connected` is called when the supervisor answers, before the program is there; `digest`
-    is that of the driver's program, None where it may be any."""
+    """One machine's way to RUNNING. `connected` is called when the supervisor answers, before the program is there; `within`
+    are the launch's own steps; `digest` is that of the driver's program, None where it may be any."""
 
     machine: Machine
     launched: Future[Launched]
@@ -62,11 +62,18 @@ class Boot:
     connected: Callable[[], None]
     console: Callable[[], str]
     ended: Callable[[], str | None]
+    within: Callable[[], Sequence[Step]]
     decode: Any
     digest: str | None = None
-    timeline: list[tuple[str, float]] = field(default_factory=list)
-    _step: str = LAUNCH
+    _steps: list[Step] = field(default_factory=list)
+    _step: str = ""
+    _began: float = 0.0
     _started: float = 0.0
+
+    def timeline(self) -> list[Step]:
+        """The steps that have ended so far; the last one may have failed."""
+        within = list(self.within())
+        return within + [step for step in self._steps if not within or step.name != LAUNCH]
 
     def run(self) -> None:
         """Take the steps. Raises `BootError`, or what the services' own code raised."""
@@ -98,10 +105,10 @@ class Boot:
 
     def _enter(self, step: str) -> None:
         now = time.monotonic()
-        if self.timeline or self._started:
-            self.timeline.append((self._step, now - self._started))
+        if self._step:
+            self._steps.append(Step(self._step, self._began, now - self._started))
         self._step = step
-        self._started = now
+        self._began, self._started = time.time(), now
 
     def _ask(self, method: str, *args: Any) -> Any:
         timeout = DEADLINES[self._step] + 5.0
@@ -116,17 +123,21 @@ class Boot:
             raise ProgramMismatch(what, ours or "none", theirs or "none")
 
     def _failed(self, error: Exception, elapsed: float) -> BaseException:
+        step = self._step
+        self._enter("")
         if self.machine.error is not None:
             return self.machine.error  # It was stopped meanwhile, by somebody who knew why.
         if isinstance(error, ProgramEnded):
-            step = EXEC if self._step in (EXEC, REGISTER) else self._step
+            step = EXEC if step in (EXEC, REGISTER) else step
             return BootError(self.machine.addr, step, elapsed, error.reason, error.output)
         reason = str(error) or type(error).__name__
         if isinstance(error, Unreachable):
             reason = self._end() or reason
         if not isinstance(error, (BigmachineError, OSError, TimeoutError)):
             reason = f"{type(error).__name__}: {reason}"
-        return BootError(self.machine.addr, self._step, elapsed, reason, self.console())
+        if step == LAUNCH and (within := self.within()):
+            step = within[-1].name
+        return BootError(self.machine.addr, step, elapsed, reason, self.console())
 
     def _end(self) -> str | None:
         """How the machine ended, where its system notices that soon."""

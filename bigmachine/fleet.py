@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from .boot import NOTICE, Boot, Services
 from .credentials import Credentials, Role
 from .errors import BigmachineError, MachineStopped, Unreachable, UsageError
+from .info import Notice, Step
 from .keepalive import LEASE, Keepalive
 from .machine import Machine, Network
 from .rpc.calls import Call
@@ -85,6 +86,16 @@ class Fleet:
             codec.encode(service, f"service {name!r}")  # So that an error names it.
         encoded = codec.encode(dict(services), "the services")
         return b"".join(pack_item(encoded.pickle, encoded.buffers))
+
+    def timeline(self, id: str) -> Sequence[Step]:
+        """The steps of machine `id`'s launch, where the system knows any."""
+        steps: Callable[[str], Sequence[Step]] | None = getattr(self.launcher, "timeline", None)
+        return steps(id) if steps is not None else ()
+
+    def summary(self) -> str:
+        """What the session has cost, where the system knows."""
+        summary: Callable[[], str] | None = getattr(self.launcher, "summary", None)
+        return summary() if summary is not None else ""
 
     def close(self) -> None:
         """All machines are ended: release what the launcher holds."""
@@ -175,9 +186,11 @@ class Owned:
             self._connected,
             self._last_output,
             lambda: self._fleet.launcher.ended(self.machine.id),
+            lambda: self._fleet.timeline(self.machine.id),
             self._network.codec,
             self._fleet.program.digest,
         )
+        self.machine.on_timeline(boot.timeline)
         self._fleet.launcher.on_end(self.machine.id, self._vanished)
         threading.Thread(target=self._boot, args=(boot,), name=f"bigmachine-boot-{self.machine.id}", daemon=True).start()
 
@@ -211,11 +224,23 @@ class Owned:
             on_reply(time.monotonic() - started if error is None else error)
             self.machine.keepalive_reply_times = tuple(self._keepalive.reply_times)
             self.machine.next_keepalive = self._keepalive.next_keepalive
+            if error is not None:
+                self._look()
 
         call.add_done_callback(done)
         codec = self._network.codec
         encoded = codec.encode_call("Supervisor.keepalive", (lease,), {})
-        self.machine.supervisor.submit(call, "Supervisor.keepalive", encoded, lease / 4)
+        try:
+            self.machine.supervisor.submit(call, "Supervisor.keepalive", encoded, lease / 4)
+        except Unreachable:
+            self._look()
+            raise
+
+    def _look(self) -> None:
+        """A keepalive has failed. The system may know what it would take a lease to find out."""
+        reason = self._fleet.launcher.ended(self.machine.id)
+        if reason is not None:
+            self._vanished(reason)
 
     def _lost_lease(self, reason: str) -> None:
         why = self._fleet.launcher.ended(self.machine.id) or reason
@@ -262,6 +287,9 @@ class Owned:
             case ("output", int(process), str(stream), bytes(data)):
                 self._say((process, stream), data)
             case ("log", str(text)):
+                self._say((-1, "log"), f"bigmachine: {text}\n".encode())
+            case ("notice", str(kind), float() | None as deadline, str(text)):
+                self.machine.noticed(Notice(kind, deadline, text))
                 self._say((-1, "log"), f"bigmachine: {text}\n".encode())
             case ("death", _, _) if self.machine.state < State.RUNNING:
                 pass  # The boot is told as well, and knows at which step it was.

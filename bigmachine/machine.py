@@ -25,7 +25,14 @@ from .services import public_methods
 from .state import History, State
 
 if TYPE_CHECKING:
-    from .info import DiskInfo, Info, LoadInfo, MemInfo  # Values that are unpickled: nothing to import before.
+    from .info import (  # Values that are unpickled: nothing to import before.
+        DiskInfo,
+        Info,
+        LoadInfo,
+        MemInfo,
+        Notice,
+        Step,
+    )
 
 S = TypeVar("S")
 
@@ -109,7 +116,8 @@ class Machine:
     """One machine. Made by `Session.start` (owned: this process keeps it alive) or `Session.dial` (another's).
 
     ``addr`` is its address, ``https://host:port/<id>/`` (the bare id until it is launched); ``maxprocs`` the number of
-    service processes that its parallel methods may use; ``error`` why it stopped, None where it was asked to.
+    service processes that its parallel methods may use; ``error`` why it stopped, None where it was asked to; ``notice`` that
+    it will be taken away, None unless whoever lends it has said so.
     """
 
     def __init__(self, id: str, network: Network, *, owned: bool) -> None:
@@ -119,6 +127,7 @@ class Machine:
         self.hostname = ""
         self.maxprocs = 1
         self.error: BaseException | None = None
+        self.notice: Notice | None = None
         self.keepalive_reply_times: Sequence[float] = ()
         self.next_keepalive: float | None = None
         self.parallel: frozenset[str] = frozenset()
@@ -128,6 +137,8 @@ class Machine:
         self._direct: dict[str, Client] = {}  # Whom to ask, by method, while the machine runs: past all questions.
         self._when_running: list[Callable[[], None]] = []
         self._on_state: list[Callable[[Machine], None]] = []
+        self._on_notice: list[Callable[[Machine], None]] = []
+        self._timeline: Callable[[], Sequence[Step]] = tuple
         self._supervisor: Client | None = None
         self._processes: list[Client] = []
         self._lanes = Lanes(1)
@@ -136,7 +147,8 @@ class Machine:
         self._ender: Callable[[bool], None] = lambda graceful: None
 
     def __repr__(self) -> str:
-        return f"<Machine {self.addr} {self.state}>"
+        taken = f", {self.notice.text}" if self.notice is not None and self.state is State.RUNNING else ""
+        return f"<Machine {self.addr} {self.state}{taken}>"
 
     def __reduce__(self) -> Any:
         raise TypeError("a Machine cannot be sent: pass its `addr`, and `b.dial(addr)` there")
@@ -160,6 +172,37 @@ class Machine:
     def on_state(self, callback: Callable[[Machine], None]) -> None:
         """Call `callback(machine)` at every change of state, on the thread that changes it."""
         self._on_state.append(callback)
+
+    def on_notice(self, callback: Callable[[Machine], None]) -> None:
+        """Call `callback(machine)`, on a thread of its own, when whoever lends the machine says that it will be taken away,
+        which is its ``notice`` then; at once, where it has been said."""
+        with self._changed:
+            self._on_notice.append(callback)
+            if self.notice is None:
+                return
+        self._tell([callback])
+
+    def noticed(self, notice: Notice) -> None:
+        """The machine will be taken away. What is sure is not forgotten for what is probable."""
+        with self._changed:
+            if self.notice is not None and notice.kind != "interruption":
+                return
+            self.notice = notice
+            callbacks = list(self._on_notice)
+        self._tell(callbacks)
+
+    def _tell(self, callbacks: Sequence[Callable[[Machine], None]]) -> None:
+        for callback in callbacks:
+            threading.Thread(target=callback, args=(self,), name=f"bigmachine-notice-{self.id}", daemon=True).start()
+
+    @property
+    def timeline(self) -> Sequence[Step]:
+        """The steps of the machine's boot that have ended; empty for another's machine. The last one may have failed."""
+        return tuple(self._timeline())
+
+    def on_timeline(self, timeline: Callable[[], Sequence[Step]]) -> None:
+        """Say who knows them."""
+        self._timeline = timeline
 
     def starting(self) -> None:
         """The boot has begun."""

@@ -102,7 +102,7 @@ class Session:
         if os.getpid() != self._process:
             return
         with self._lock:
-            self._closed = True
+            first, self._closed = not self._closed, True
             owned = list(self._owned)
             dialled = list(self._dialled.values())
         for each in owned:
@@ -122,6 +122,8 @@ class Session:
             machine.stopped(None)
             machine.disconnect()
         if self._fleet is not None:
+            if first and (summary := self._fleet.summary()):
+                self._write(f"bigmachine: {summary}\n")
             self._fleet.close()
 
     def __enter__(self) -> Session:

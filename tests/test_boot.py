@@ -18,7 +18,7 @@ SAME = Info("m-1", "host", 1, 1, python_version(), "linux/amd64", VERSION)
 
 def boot() -> Boot:
     fields: dict[str, Any] = {field.name: None for field in dataclasses.fields(Boot) if field.init}
-    fields |= {"launched": cast("Future[Launched]", Future()), "services": Services(b"", frozenset()), "timeline": []}
+    fields |= {"launched": cast("Future[Launched]", Future()), "services": Services(b"", frozenset())}
     return Boot(**{name: value for name, value in fields.items() if not name.startswith("_")})
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 import pytest
 
 from bigmachine import State
-from bigmachine.errors import BootError, MachineStopped, NotPicklable, UsageError
+from bigmachine.errors import BootError, MachineStopped, NotPicklable, Unreachable, UsageError
 from bigmachine.fleet import MAX_LINE, Owned, _with
+from bigmachine.info import Notice, Step
+from bigmachine.rpc.calls import Call
 from bigmachine.session import Session
 from bigmachine.system import Launched, Launcher, Order, Program
 from bigmachine.testing import TestSystem
@@ -99,6 +103,71 @@ def test_a_launch_that_fails(
                 machine.call("Probe.echo")
     assert sorted(launcher.stopped) == sorted(machine.id for machine in b.machines())
     assert launcher.closed == 1
+
+
+def test_the_steps_within_a_launch() -> None:
+    """Where the system knows them, the error names the one that failed, and they stand in the machine's timeline."""
+    launcher = Odd(failed)
+    steps = [Step("api", 100.0, 1.5), Step("pending", 101.5, 60.0)]
+    launcher.timeline = lambda id: steps  # type: ignore[attr-defined]
+    with start(launcher, 1).session as b:
+        (machine,) = b.machines()
+        with pytest.raises(BootError, match="boot step 'pending' after") as caught:
+            machine.wait(State.RUNNING, SOON)
+    assert caught.value.step == "pending"
+    assert machine.timeline == tuple(steps)
+
+
+def test_the_timeline_of_a_boot() -> None:
+    system = TestSystem()
+    began = time.time()
+    with start(system, 1).session as b:
+        (machine,) = b.machines()
+        machine.wait(State.RUNNING, SOON)
+        timeline = machine.timeline
+        ended = time.time()
+    assert [step.name for step in timeline] == ["launch", "connect", "check", "exec", "register", "setup"]
+    assert all(step.seconds >= 0 for step in timeline)
+    assert began <= timeline[0].began
+    assert [step.began for step in timeline] == sorted(step.began for step in timeline)
+    assert sum(step.seconds for step in timeline) <= ended - began + 0.1
+
+
+def test_what_a_session_has_cost_is_said_once() -> None:
+    launcher = Odd(futures)
+    launcher.summary = lambda: "1 × m7i.large for 3 min: $0.01"  # type: ignore[attr-defined]
+    cluster = start(launcher, 1)
+    cluster.session.shutdown()
+    cluster.session.shutdown()
+    assert cluster.output.getvalue() == "bigmachine: 1 × m7i.large for 3 min: $0.01\n"
+
+
+@pytest.mark.parametrize("how", ["raises", "fails"])
+def test_a_failed_keepalive_asks_the_system_at_once(how: str) -> None:
+    """It may know what the keepalive would find out when the lease is over."""
+
+    class Gone(TestSystem):
+        def ended(self, id: str) -> str | None:
+            return "the spot market took it"
+
+    def raises(call: Call[Any], *rest: Any) -> None:
+        raise Unreachable(machine.addr, "no route to host", False)
+
+    def fails(call: Call[Any], *rest: Any) -> None:
+        call.complete(lambda: raises(call))
+
+    cluster = Cluster(Gone())
+    with cluster.session:
+        (machine,) = cluster.start(1)
+        machine.wait(State.RUNNING, SOON)
+        supervisor = machine.supervisor
+        submit = supervisor.submit
+        supervisor.submit = {"raises": raises, "fails": fails}[how]  # type: ignore[method-assign]
+        with contextlib.suppress(Unreachable):
+            cluster.session._owned[0]._renew(120.0, lambda outcome: None)
+        supervisor.submit = submit  # type: ignore[method-assign]
+        eventually(lambda: machine.state is State.STOPPED, "the machine's end")
+        assert str(machine.error).endswith("the spot market took it")
 
 
 def test_a_launch_that_never_ends() -> None:
@@ -255,6 +324,24 @@ def test_output_that_nobody_takes(spoken: tuple[Owned, io.StringIO]) -> None:
     spoken[1].close()
     spoken[0]._on_event(("output", 0, "stdout", b"into the void\n"))
     assert "into the void" in spoken[0]._last_output()
+
+
+def test_a_notice_is_said_and_told_to_whoever_wants_to_know(spoken: tuple[Owned, io.StringIO]) -> None:
+    owned, told = spoken[0], []
+    machine = owned.machine
+    machine.on_notice(lambda machine: told.append(machine.notice))
+    soon = Notice("rebalance", None, "the instance will probably be interrupted")
+    now = Notice("interruption", 1234.5, "the instance will be interrupted at 00:20:34")
+    for notice in (soon, now, soon):
+        owned._on_event(("notice", notice.kind, notice.deadline, notice.text))
+    eventually(lambda: len(told) == 2, "both to be told")
+    assert machine.notice == now
+    later: list[Notice | None] = []
+    machine.on_notice(lambda machine: later.append(machine.notice))
+    eventually(lambda: later == [now], "what has been said to be told")
+    machine.running()
+    assert repr(machine) == f"<Machine {machine.addr} RUNNING, {now.text}>"
+    assert lines(spoken)[:2] == [f"bigmachine: {soon.text}", f"bigmachine: {now.text}"]
 
 
 def test_a_death_before_the_machine_runs_is_the_boots_affair(spoken: tuple[Owned, io.StringIO]) -> None:

@@ -18,6 +18,7 @@ Rule 5. Hosts are counted by their cache: of agents that share one, any may brin
 from __future__ import annotations
 
 import contextlib
+import itertools
 import tempfile
 import threading
 import time
@@ -32,6 +33,7 @@ from ...address import format_address
 from ...bootstrap.requests import ticket
 from ...cache import Cache
 from ...errors import BigmachineError, CacheError
+from ...info import Step
 from ...pack.archive import Contents, read_contents, write_part
 from ...pack.image import Part
 from ...program import ENVIRON, OPTIONS, RUN
@@ -167,13 +169,16 @@ class _Host:
     peer: tuple[str, int]
     parts: dict[str, Part]
     failure: BaseException | None = None
+    sent: float = 0.0
+    """When the last bytes were sent to it, as of `time.time`."""
 
 
 class Delivery:
     """The delivery of the packed program `file` to the hosts of one launch, `expected` in number. Their threads call `deliver`.
 
-    `platforms` are those that the hosts probably have: their parts are compressed before the first host asks. `sent` is the
-    number of bytes of parts that have left this process, `parts_sent` how often each part has, by digest. Raises `PackError`.
+    `platforms` are those that the hosts may have: their parts, where it was packed for them, are compressed before the first
+    host asks. `sent` is the number of bytes of parts that have left this process, `parts_sent` how often each part has, by
+    digest. Raises `PackError`.
     """
 
     def __init__(
@@ -185,11 +190,13 @@ class Delivery:
         self._contents = read_contents(file)
         self._state = State(coming=expected)
         self._hosts: dict[str, _Host] = {}
+        self._marks: dict[str, list[tuple[str, float]]] = {}
         self._cancelled: set[str] = set()
         self._changed = threading.Condition()
         self._stack = contextlib.ExitStack()
         self._compressed = _Compressed(file, self._open_cache(cache))
-        parts = [part for platform in platforms for part in self._contents.manifest(platform).worker()]
+        packed = [each for each in self._contents.platforms if each.platform in platforms]
+        parts = [part for each in packed for part in each.worker()]
         if parts:
             threading.Thread(
                 target=self._compressed.warm, args=(parts,), name="bigmachine-compress", daemon=True
@@ -226,8 +233,12 @@ class Delivery:
             info = client.info(python=self._contents.python)
             parts = self._contents.manifest(info.platform).worker()
             joined = self._join(order.id, client, info, parts, peer_host if peer_host is None else peer_host or host)
+            self._mark(order.id, "upload")
             self._bring(joined)
+            self._mark(order.id, "unpack", joined.sent)
+            self._mark(order.id, "share")
             self._hold(joined)
+            self._mark(order.id, "exec")
             launched = Launched(order.id, host, port or client.port, maxprocs or info.cpus)
             python = self._contents.manifest(info.platform).python
             request = _request(order, launched, self._contents, python, parts, on_exit)
@@ -239,7 +250,22 @@ class Delivery:
             client.shutdown()
             raise
         finally:
+            self._mark(order.id, "")
             self._leave(joined)
+
+    def steps(self, id: str) -> list[Step]:
+        """How far that order has got: ``upload``, ``unpack`` (what of it was left to do when the last bytes had been sent),
+        ``share`` (while others still fetched from it), ``exec``. Steps that took no time are left out."""
+        with self._changed:
+            marks = list(self._marks.get(id, ()))
+        steps = [Step(name, began, ended - began) for (name, began), (_, ended) in itertools.pairwise(marks)]
+        return [step for step in steps if step.seconds > 0.001 or step.name == "exec"]
+
+    def _mark(self, id: str, step: str, at: float | None = None) -> None:
+        """A step begins, `at` (0: it does not); the one before has ended."""
+        with self._changed:
+            if at != 0:
+                self._marks.setdefault(id, []).append((step, time.time() if at is None else at))
 
     def cancel(self, id: str) -> None:
         """The machine of that order is not wanted any more: its `deliver` ends with an error, begun or not. What is being
@@ -353,6 +379,7 @@ class Delivery:
         with progress.watched():
             host.client.put_part(part.digest, part.size, path, progress.count)
         with self._changed:
+            host.sent = max(host.sent, progress.last)
             self.parts_sent[part.digest] += 1
 
     def count(self, sent: int) -> None:
@@ -401,10 +428,12 @@ class _Progress:
         self._delivery = delivery
         self._move = move
         self._last = time.monotonic()
+        self.last = 0.0
 
     def count(self, sent: int) -> None:
         """Bytes were sent."""
         self._last = time.monotonic()
+        self.last = time.time()
         self._delivery.count(sent)
         self._delivery.stalled(self._move, False)
 
