@@ -11,6 +11,7 @@ import pickle
 import shutil
 import socket
 import ssl
+import struct
 import subprocess
 import threading
 import time
@@ -1343,19 +1344,39 @@ def test_interrupt_of_a_waiting_caller_does_not_take_the_reading_with_it(pair: P
 def test_interrupt_while_connecting_leaves_no_socket(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
 
-    class Interrupted(socket.socket):
-        def connect(self, address: Any) -> None:
-            super().connect(address)
-            opened.append(self)
-            raise KeyboardInterrupt  # The signal came meanwhile: its handler runs before anything else does.
+    connect = ssl.SSLSocket.connect
+
+    def interrupted(self: ssl.SSLSocket, address: Any) -> None:
+        connect(self, address)
+        opened.append(self)
+        raise KeyboardInterrupt  # The signal came meanwhile: its handler runs before anything else does.
 
     client = pair.new_client()
-    monkeypatch.setattr(socket, "socket", Interrupted)
+    monkeypatch.setattr(ssl.SSLSocket, "connect", interrupted)
     with pytest.raises(KeyboardInterrupt):
         client.call("T.add", (1, 2), {}, SOON)
     monkeypatch.undo()
     assert [sock.fileno() for sock in opened] == [-1]
     assert client.call("T.add", (1, 2), {}, SOON) == 3
+
+
+def test_a_peer_that_resets_at_once_is_unreachable(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the reset comes between TCP's connection and TLS's first word; and no socket is left."""
+    connect = ssl.SSLSocket.connect
+
+    def connect_slowly(self: ssl.SSLSocket, address: Any) -> None:
+        connect(self, address)
+        peer, _ = server.accept()
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        peer.close()
+
+    monkeypatch.setattr(ssl.SSLSocket, "connect", connect_slowly)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        client = Client("127.0.0.1", port, NAME, CLIENT_CONTEXT, pair.codec, pair.here, address="x")
+        with pytest.raises(Unreachable, match="reset") as caught:
+            client.call("T.add", (1, 2), {}, SOON)
+    assert not caught.value.sent
 
 
 # -- Who is refused --------------------------------------------------------------------------------------------------

@@ -83,31 +83,30 @@ class Client:
     def _connect(self, timeout: float) -> ClientConnection:
         deadline = time.monotonic() + timeout
         try:
-            raw = _open(self._host, self._port, timeout)
+            sock = _open(self._host, self._port, timeout, self._wrap)
         except OSError as error:
             reason = error.strerror or str(error)
             raise Unreachable(self.address, f"cannot connect to {self._host}:{self._port}: {reason}") from error
         try:
-            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            raw.setblocking(False)
-            sock = self._context.wrap_socket(
-                raw, server_hostname=self._server_name, do_handshake_on_connect=False, suppress_ragged_eofs=True
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setblocking(False)
+            handshake(sock, deadline)
+            if sock.selected_alpn_protocol() != "h2":
+                raise Closed("the peer does not speak HTTP/2")
+            return ClientConnection(
+                sock, self._server_name, self.address, self.codec, self._reactor, self.stats, self._explain
             )
-            try:
-                handshake(sock, deadline)
-                if sock.selected_alpn_protocol() != "h2":
-                    raise Closed("the peer does not speak HTTP/2")
-                return ClientConnection(
-                    sock, self._server_name, self.address, self.codec, self._reactor, self.stats, self._explain
-                )
-            except BaseException:  # Whatever it is (Ctrl-C, too): no descriptor is left.
-                sock.close()
-                raise
-        except Closed as error:
-            raise Unreachable(self.address, str(error), sent=False) from error
-        except BaseException:  # The same.
-            raw.close()
+        except (Closed, OSError) as error:
+            sock.close()
+            raise Unreachable(self.address, getattr(error, "strerror", None) or str(error), sent=False) from error
+        except BaseException:  # Whatever it is (Ctrl-C, too): no descriptor is left.
+            sock.close()
             raise
+
+    def _wrap(self, raw: socket.socket) -> ssl.SSLSocket:
+        return self._context.wrap_socket(
+            raw, server_hostname=self._server_name, do_handshake_on_connect=False, suppress_ragged_eofs=True
+        )
 
     def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout: float | None = None) -> Any:
         """Call `method` and return its result. Raises what it raised, or a `BigmachineError`."""
@@ -177,14 +176,15 @@ class Client:
             connection.close(reason)
 
 
-def _open(host: str, port: int, timeout: float) -> socket.socket:
+def _open(host: str, port: int, timeout: float, wrap: Callable[[socket.socket], ssl.SSLSocket]) -> ssl.SSLSocket:
     """A TCP connection, to the first of the host's addresses that takes it. Raises `OSError`: the last address's.
 
-    `socket.create_connection` does the same, but leaves its socket open when Ctrl-C interrupts it.
+    `socket.create_connection` does the same, but leaves its socket open when Ctrl-C interrupts it. And the socket is wrapped
+    before it is connected: where the peer resets it between the two, Python would forget to close it.
     """
     failures: list[OSError] = []
     for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-        sock = socket.socket(family, kind, protocol)
+        sock = wrap(socket.socket(family, kind, protocol))
         try:
             sock.settimeout(timeout)
             sock.connect(address)
