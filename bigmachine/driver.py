@@ -28,17 +28,35 @@ CONTROL = "BIGMACHINE_CONTROL"
 PREFIX = "bigm."
 
 FLAGS: dict[str, tuple[type, str]] = {
-    "system": (str, "where machines come from: local (default), ssh, test, or one that a package registers"),
-    "maxprocs": (int, "service processes of a machine that parallel methods may use (local: 1; ssh: the host's cores)"),
-    "port": (int, "local, ssh: port of a host's first machine, the next ones count up (0: any free port)"),
+    "system": (str, "where machines come from: local (default), ssh, ec2, test, or one that a package registers"),
+    "maxprocs": (int, "service processes of a machine that parallel methods may use (local: 1; ssh, ec2: the host's cores)"),
+    "port": (int, "local, ssh: port of a host's first machine, the next ones count up (0: any free port); ec2: of each (443)"),
     "hosts": (str, "ssh: the hosts, such as ada,grace:2222,me@h3, or @FILE with one a line"),
     "sshconfig": (str, "ssh: ssh's configuration (~/.ssh/config)"),
     "sshtunnel": (bool, "ssh: send everything through the SSH connections, for hosts of which no other port can be reached"),
     "sshplatforms": (str, "ssh: what hosts may be (linux/amd64)"),
     "image": (bool, "local: machines run what other hosts would be sent, and nothing else that is installed here"),
+    "ec2type": (str, "ec2: instance types of one architecture, such as m7i.large,m6i.large: any will do (m7i.large)"),
+    "ec2ondemand": (bool, "ec2: on-demand instances only: nobody takes them away, and they cost more than spot ones"),
+    "ec2spotonly": (bool, "ec2: spot instances only: fail rather than take on-demand ones where spot is short"),
+    "ec2maxprice": (str, "ec2: the most to pay for a spot instance, in USD an hour (the on-demand price)"),
+    "ec2region": (str, "ec2: the region (as AWS's own configuration says)"),
+    "ec2profile": (str, "ec2: the profile of AWS's own configuration that has your credentials"),
+    "ec2ami": (str, "ec2: the machine image (one that has the driver's version of Python)"),
+    "ec2user": (str, "ec2: login name of the image that ec2ami names"),
+    "ec2diskspace": (int, "ec2: GiB of the root disk (50)"),
+    "ec2dataspace": (int, "ec2: GiB of data space on /mnt/data, for temporary files, too (0: none)"),
+    "ec2subnets": (str, "ec2: the subnets' ids (those of the default VPC)"),
+    "ec2securitygroups": (str, "ec2: the security groups' ids (one of our own, with one port open)"),
+    "ec2publicip": (str, "ec2: false for machines without public addresses and a driver within the VPC (true)"),
+    "ec2instanceprofile": (str, "ec2: instance profile, by name or ARN: what machines may do in AWS"),
+    "ec2keypair": (str, "ec2: key pair, for your own ssh to the machines"),
+    "ec2tags": (str, "ec2: more tags for instances and disks: team=physics,cost=12"),
+    "ec2cloudconfig": (str, "ec2: files with more cloud-config"),
+    "ec2units": (str, "ec2: files of systemd units that machines start"),
 }
-"""Every flag: its type and its help; one of type bool takes no value. A system takes those that its launcher has a
-parameter for."""
+"""Every flag: its type and its help. One of type bool needs no value (and may have ``=true`` or ``=false``). A system takes
+those that its launcher has a parameter for."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +68,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for name, (kind, text) in FLAGS.items():
         names = f"-{PREFIX}{name}", f"--{PREFIX}{name}"
         if kind is bool:
-            group.add_argument(*names, nargs=0, default=None, help=text, action=_Remember)
+            # Options of their own, as argparse has none whose value may only follow an equals sign.
+            for value in ("true", "false"):
+                spelled = (f"{each}={value}" for each in names)
+                group.add_argument(
+                    *spelled,
+                    nargs=0,
+                    dest=PREFIX + name,
+                    const=value == "true",
+                    help=argparse.SUPPRESS,
+                    action=_Remember,
+                )
+            group.add_argument(*names, nargs=0, const=True, default=None, help=text, action=_Remember)
         else:
             group.add_argument(*names, type=kind, default=None, help=text, action=_Remember, metavar="X")
 
@@ -61,7 +90,7 @@ class _Remember(argparse.Action):
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
     ) -> None:
-        value = True if self.nargs == 0 else values
+        value = self.const if self.nargs == 0 else values
         setattr(namespace, self.dest, value)
         _parsed[self.dest.removeprefix(PREFIX)] = value
 
@@ -85,11 +114,11 @@ def take_flags(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
             continue
         name, equals, value = stripped.removeprefix(PREFIX).partition("=")
         if name not in FLAGS:
-            raise UsageError(f"unknown flag -{PREFIX}{name}; there are {', '.join(f'-{PREFIX}{flag}' for flag in FLAGS)}")
+            raise UsageError(_unknown(name))
         if FLAGS[name][0] is bool:
-            if equals:
-                raise UsageError(f"flag -{PREFIX}{name} takes no value: {FLAGS[name][1]}")
-            flags[name] = True
+            if equals and value not in ("true", "false"):
+                raise UsageError(f"flag -{PREFIX}{name} takes no value, or =true or =false: {FLAGS[name][1]}")
+            flags[name] = value != "false"
             continue
         if not equals:
             value = next(words, "")
@@ -98,8 +127,17 @@ def take_flags(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         try:
             flags[name] = FLAGS[name][0](value)
         except ValueError:
-            raise UsageError(f"flag -{PREFIX}{name}: not a valid {FLAGS[name][0].__name__}: {value!r}") from None
+            kind = FLAGS[name][0].__name__
+            raise UsageError(f"flag -{PREFIX}{name}: not a valid {kind}: {value!r}") from None
     return flags, rest
+
+
+def _unknown(name: str) -> str:
+    import difflib  # For this alone.
+
+    close = difflib.get_close_matches(name, FLAGS, 1)
+    known = f"did you mean -{PREFIX}{close[0]}?" if close else f"there are {', '.join(f'-{PREFIX}{flag}' for flag in FLAGS)}"
+    return f"unknown flag -{PREFIX}{name}; {known}"
 
 
 def start(system: str | Launcher | None = None, **options: Any) -> Session:

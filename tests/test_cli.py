@@ -8,15 +8,16 @@ import shutil
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from bigmachine.cache import Cache
-from bigmachine.cli import arguments, exits, info, main, text
+from bigmachine.cli import arguments, cache, exits, info, main, text
 from bigmachine.cli.terminal import progress
-from bigmachine.errors import CacheError, PackError, ResolveError
+from bigmachine.errors import BigmachineError, CacheError, PackError, ResolveError
 from bigmachine.info import VERSION
 from bigmachine.pack import build
 from bigmachine.pack.archive import Contents
@@ -210,6 +211,13 @@ def test_what_nobody_expected_is_not_hidden(packing: Callable[..., list[Request]
         ("pack app.py --builder zip", "no such builder: zip; there are pex, shiv"),
         ("cache", "the following arguments are required: ACTION; see `bigmachine cache --help`"),
         ("completion fish", "invalid choice: 'fish'"),
+        ("config -bigm.moon=1", "unrecognized arguments: -bigm.moon=1"),
+        ("pack app.py -bigm.port=1", "unrecognized arguments: -bigm.port=1"),
+        ("doctor", "the following arguments are required: SYSTEM; see `bigmachine doctor --help`"),
+        ("doctor moon", "invalid choice: 'moon'"),
+        ("doctor ec2 -n 0", "argument -n: not a number of machines: '0'"),
+        ("ps -bigm.hosts=ada", "unrecognized arguments: -bigm.hosts=ada"),
+        ("gc --dry", "unrecognized arguments: --dry"),
     ],
 )
 def test_wrong_command_lines(
@@ -225,13 +233,40 @@ def test_wrong_command_lines(
     assert requests == []
 
 
+def test_a_command_may_print_something_and_fail(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(arguments: Namespace) -> str:
+        raise errors.pop()
+
+    monkeypatch.setattr(cache, "run", run)
+    errors: list[Exception] = [exits.Ended("one\ntwo"), exits.Ended("", 7), BigmachineError("no credentials")]
+    assert [main(["cache", "info"]) for _ in range(3)] == [exits.FAILED, 7, exits.FAILED]
+    assert said(capsys) == ("one\ntwo\n", "bigmachine: no credentials\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("doctor ec2", {"system": "ec2", "program": None, "n": 1, "json": False, "flags": {}}),
+        ("doctor ec2 app.py -n 8 -bigm.ec2ondemand", {"program": Path("app.py"), "n": 8, "flags": {"ec2ondemand": True}}),
+        ("ps --all-regions --json", {"all_regions": True, "json": True, "flags": {}}),
+        ("gc --dry-run --bigm.ec2region eu-west-1", {"dry_run": True, "flags": {"ec2region": "eu-west-1"}}),
+    ],
+)
+def test_commands_about_machines(line: str, expected: dict[str, object]) -> None:
+    words = line.split()
+    parsed = vars(arguments.make_parser(words).parse_args(words))
+    assert parsed.items() >= {"command": words[0], "quiet": False, **expected}.items()
+
+
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == exits.DONE
     assert said(capsys) == (f"bigmachine {VERSION}\n", "")
     assert main(["--help"]) == exits.DONE
     out, _ = said(capsys)
     for code, meaning in exits.MEANINGS.items():
-        assert f"  {code:<5}{meaning}\n" in out
+        assert f"  {code:<7}{meaning}\n" in out
     assert main(["pack", "--help"]) == exits.DONE
     words = " ".join(said(capsys)[0].split())
     # The parser does without the modules that know the names.
@@ -372,24 +407,34 @@ def test_shells_can_parse_the_completion(shell: str, capsys: pytest.CaptureFixtu
     assert main(["completion", shell]) == exits.DONE
     code, err = said(capsys)
     assert err == ""
-    assert all(word in code for word in ("--platform", "linux/amd64", "shiv", "3.14", "clear"))
+    assert all(word in code for word in ("--platform", "linux/amd64", "shiv", "3.14", "clear", "-bigm.ec2publicip"))
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
     found = subprocess.run([shell, "-n"], input=code, text=True, capture_output=True, timeout=20)
     assert (found.returncode, found.stderr) == (0, "")
 
 
-def test_bash_completes_platforms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("pack --platform lin", "linux/amd64 linux/arm64"),
+        ("config --system l", "local"),
+        ("config -bigm.ec2p", "-bigm.ec2profile -bigm.ec2publicip"),
+        ("ps -bigm.ec2publicip f", "false"),
+        ("gc -bigm.ec2ondemand --dry", "--dry-run"),
+        ("doctor e", "ec2"),
+    ],
+)
+def test_bash_completes(words: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if shutil.which("bash") is None:
         pytest.skip("bash is not installed")
     main(["completion", "bash"])
     script = tmp_path / "completion.bash"
     script.write_text(said(capsys)[0], "utf-8")
-    ask = 'source "$1"; COMP_WORDS=(bigmachine pack --platform lin); COMP_CWORD=3; _shtab_bigmachine; echo "${COMPREPLY[*]}"'
-    found = subprocess.run(
-        ["bash", "--norc", "-c", ask, "bash", str(script)], text=True, capture_output=True, check=True, timeout=20
-    )
-    assert found.stdout.split() == ["linux/amd64", "linux/arm64"]
+    ask = 'source "$0"; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_bigmachine; echo "${COMPREPLY[*]}"'
+    command = ["bash", "--norc", "-c", ask, str(script), "bigmachine", *words.split()]
+    found = subprocess.run(command, text=True, capture_output=True, check=True, timeout=20)
+    assert found.stdout.split() == expected.split()
 
 
 # -- As a process --------------------------------------------------------------------------------------------------------

@@ -59,6 +59,7 @@ def test_add_flags(words: list[str]) -> None:
     ("words", "text"),
     [
         (["-bigm.nope=1"], "unknown flag -bigm.nope; there are -bigm.system, "),
+        (["-bigm.ec2types=a.b"], "unknown flag -bigm.ec2types; did you mean -bigm.ec2type?"),
         (["--bigm."], "unknown flag -bigm.;"),
         (["-bigm.maxprocs=many"], "not a valid int: 'many'"),
         (["-bigm.maxprocs"], "flag -bigm.maxprocs needs a value"),
@@ -115,7 +116,7 @@ def test_start_uses_what_the_programs_parser_has_seen(monkeypatch: pytest.Monkey
 
 def test_start_refuses_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["app.py"])
-    with pytest.raises(UsageError, match="unknown system: 'moon'; there are local, ssh, test"):
+    with pytest.raises(UsageError, match="unknown system: 'moon'; there are ec2, local, ssh, test"):
         driver.start("moon")
     with pytest.raises(UsageError, match="system 'test' has no option 'colour'; it has maxprocs, names"):
         driver.start("test", colour="blue")
@@ -146,7 +147,7 @@ def test_a_system_that_a_package_registers(monkeypatch: pytest.MonkeyPatch) -> N
         UsageError, match=r"system 'broken' \(no_such_module:Launcher\) cannot be loaded: No module named"
     ):
         find_system("broken")
-    with pytest.raises(UsageError, match="there are broken, local, mine, ssh, test"):
+    with pytest.raises(UsageError, match="there are broken, ec2, local, mine, ssh, test"):
         find_system("other")
 
 

@@ -10,26 +10,38 @@ from pathlib import Path
 
 import pytest
 
+from bigmachine import settings
 from bigmachine.errors import UsageError
+from bigmachine.settings import load
 from bigmachine.systems.ssh import SshLauncher
 from bigmachine.systems.ssh.config import Config, host_names
 from bigmachine.systems.ssh.known import HostKey, known, place
+from bigmachine.systems.ssh.settings import Settings
 
 ONE, TWO = base64.b64encode(b"one").decode(), base64.b64encode(b"two").decode()
 ED_ONE, RSA_TWO = HostKey("ssh-ed25519", b"one"), HostKey("ssh-rsa", b"two")
 
 
+@pytest.fixture(autouse=True)
+def nothing_of_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "user_file", lambda: tmp_path / "none.toml")
+
+
 # -- Hosts ---------------------------------------------------------------------------------------------------------------
 
 
+def hosts(given: str | list[str] | None, folder: Path) -> list[str]:
+    return host_names(load(Settings, "ssh", {"hosts": given}, environ={}, folder=folder).hosts)
+
+
 def test_hosts_of_a_flag_a_file_or_the_configuration(tmp_path: Path) -> None:
-    assert host_names("ada, grace:2222,me@h3,", tmp_path) == ["ada", "grace:2222", "me@h3"]
-    assert host_names(["ada", "grace"], tmp_path) == ["ada", "grace"]
+    assert hosts("ada, grace:2222,me@h3,", tmp_path) == ["ada", "grace:2222", "me@h3"]
+    assert hosts(["ada", "grace"], tmp_path) == ["ada", "grace"]
     (tmp_path / "hosts").write_text("# ours\nada\n\ngrace:2222  # the fast one\n")
-    assert host_names(f"@{tmp_path / 'hosts'}", tmp_path) == ["ada", "grace:2222"]
+    assert hosts(f"@{tmp_path / 'hosts'}", tmp_path) == ["ada", "grace:2222"]
     (tmp_path / "bigmachine.toml").write_text("[ssh]\nhosts = ['h1', 'h2']\n")
-    assert host_names("", tmp_path) == ["h1", "h2"]
-    assert host_names("ada", tmp_path) == ["ada"]
+    assert hosts(None, tmp_path) == ["h1", "h2"]
+    assert hosts("ada", tmp_path) == ["ada"]
 
 
 @pytest.mark.parametrize(
@@ -39,22 +51,22 @@ def test_hosts_of_a_flag_a_file_or_the_configuration(tmp_path: Path) -> None:
         ("[ec2]\n", "no hosts"),
         ("[ssh]\nhosts = 'ada'\n", "hosts is a list"),
         ("[ssh\n", "cannot be read"),
-        ("ssh = 3\n", "hosts is a list"),
+        ("ssh = 3\n", r"ssh is a section, \[ssh\]"),
     ],
 )
 def test_no_hosts(tmp_path: Path, text: str | None, reason: str) -> None:
     if text is not None:
         (tmp_path / "bigmachine.toml").write_text(text)
     with pytest.raises(UsageError, match=reason):
-        host_names("", tmp_path)
+        hosts(None, tmp_path)
 
 
 def test_a_file_of_hosts_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="the file with the hosts cannot be read: /nowhere"):
-        host_names("@/nowhere", tmp_path)
+        hosts("@/nowhere", tmp_path)
     (tmp_path / "empty").write_text("# none yet\n")
     with pytest.raises(UsageError, match="no hosts"):
-        host_names(f"@{tmp_path / 'empty'}", tmp_path)
+        hosts(f"@{tmp_path / 'empty'}", tmp_path)
 
 
 # -- ssh's configuration -------------------------------------------------------------------------------------------------

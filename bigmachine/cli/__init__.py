@@ -1,6 +1,7 @@
-"""The command line: ``bigmachine pack``, ``info``, ``cache``, ``completion``.
+"""The command line: ``bigmachine pack``, ``info``, ``cache``, ``config``, ``doctor``, ``ps``, ``gc``, ``completion``.
 
-Each command is a module with ``run(arguments) -> str``: it returns what standard output gets, and raises what goes wrong.
+Each command is a module with ``run(arguments) -> str``: it returns what standard output gets, and raises what goes wrong
+(`exits.Ended` where there is something to print nevertheless).
 `main` prints the one, and makes of the other a line on standard error and an exit code (`exits`). So there is one place where
 anything is printed in the end, and commands are tested as functions. What is shown meanwhile is `terminal`'s.
 
@@ -20,9 +21,9 @@ import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 
-from ..errors import CacheError, PackError, ResolveError, UsageError
+from ..errors import BigmachineError, PackError, ResolveError, UsageError
 from .arguments import make_parser
-from .exits import DONE, FAILED, INTERRUPTED, UNREAD, UNRESOLVED, WRONG
+from .exits import DONE, FAILED, INTERRUPTED, UNREAD, UNRESOLVED, WRONG, Ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,13 +34,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet = False
     try:
         try:
-            arguments = make_parser().parse_args(argv)
-        except SystemExit as ended:
+            words = sys.argv[1:] if argv is None else argv
+            arguments = make_parser(words).parse_args(words)
+        except SystemExit as left:
             # --help, --version and wrong command lines: argparse has printed what there is to say.
-            return _show("") or (WRONG if ended.code else DONE)
+            return _show("") or (WRONG if left.code else DONE)
         quiet = arguments.quiet
         with _signals():
             return _show(_command(arguments.command)(arguments))
+    except Ended as ended:
+        return _show(ended.output) or ended.code
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, "interrupted")
     except _Signalled as signalled:
@@ -49,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PackError as error:
         code = UNRESOLVED if isinstance(error, ResolveError) else FAILED
         return _fail(code, error.reason, "" if quiet else error.details)
-    except CacheError as error:
+    except BigmachineError as error:
         return _fail(FAILED, str(error))
     except OSError as error:
         return _fail(FAILED, _os_error(error))
@@ -94,6 +98,22 @@ def _command(name: str) -> Callable[[Namespace], str]:
         from . import cache
 
         return cache.run
+    if name == "config":
+        from . import config
+
+        return config.run
+    if name == "doctor":
+        from . import doctor
+
+        return doctor.run
+    if name == "ps":
+        from . import ps
+
+        return ps.run
+    if name == "gc":
+        from . import gc
+
+        return gc.run
     from . import completion
 
     return completion.run

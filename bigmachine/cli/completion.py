@@ -13,8 +13,15 @@ import shtab
 from ..pack.build import BUILDERS
 from ..pack.platforms import NAMES, PYTHONS
 from .arguments import make_parser
+from .config import SECTIONS
 
-CHOICES: dict[str, Sequence[str]] = {"platform": NAMES, "python": PYTHONS, "builder": tuple(BUILDERS)}
+CHOICES: dict[str, Sequence[str]] = {
+    "platform": NAMES,
+    "python": PYTHONS,
+    "builder": tuple(BUILDERS),
+    "system": tuple(SECTIONS),
+    "ec2publicip": ("true", "false"),
+}
 """Arguments whose values `arguments` does not know."""
 
 PATHS = {
@@ -24,6 +31,10 @@ PATHS = {
     "requirements": shtab.FILE,
     "add": shtab.FILE,
     "project": shtab.DIRECTORY,
+    "program": shtab.FILE,
+    "sshconfig": shtab.FILE,
+    "ec2cloudconfig": shtab.FILE,
+    "ec2units": shtab.FILE,
 }
 """Arguments that are files and directories."""
 

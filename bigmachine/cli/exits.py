@@ -13,7 +13,7 @@ UNREAD = 141
 
 MEANINGS = {
     DONE: "done",
-    FAILED: "it could not be done: one line on standard error says why",
+    FAILED: "it could not be done: one line on standard error says why; or doctor has found something",
     WRONG: "the command line is wrong: an unknown command, option, platform or builder",
     UNRESOLVED: "the program's requirements cannot be met",
     INTERRUPTED: "interrupted (Ctrl-C)",
@@ -21,3 +21,12 @@ MEANINGS = {
     UNREAD: "nobody reads the output any more",
 }
 """For ``--help``."""
+
+
+class Ended(Exception):
+    """Raised by a command that has something to print, and ends with another code than `DONE`: a diagnosis that is none."""
+
+    def __init__(self, output: str, code: int = FAILED) -> None:
+        super().__init__(output, code)
+        self.output = output
+        self.code = code

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from ..errors import BigmachineError, UsageError
 from ..info import platform_name
 from ..program import ENVIRON, OPTIONS, PACKAGE, RUN, packed
+from ..settings import Section, load, setting
 from ..supervisor.control import ControlSocket, Message
 from ..system import Launched, Order, Program
 
@@ -143,20 +144,34 @@ class _Nursery:
         self._process.wait(KILL_WAIT)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Section):
+    """The settings of `LocalLauncher`; what each means stands with its flag, in `driver.FLAGS`. Raises `UsageError` on values
+    that cannot be."""
+
+    maxprocs: int = setting(1, flag="maxprocs")
+    port: int = setting(0, flag="port")
+    image: bool = setting(False, flag="image")
+
+    def __post_init__(self) -> None:
+        if self.maxprocs < 1:
+            raise self.wrong("maxprocs", f"maxprocs must be at least 1: {self.maxprocs}")
+        if not 0 <= self.port <= 65535:
+            raise self.wrong("port", f"not a port: {self.port}")
+
+
 class LocalLauncher:
-    """The system ``local``. `maxprocs`: service processes a machine; `port`: of the first machine, the next ones count
-    up from it (0: any free port); `image`: machines run the program's image, as machines of other hosts do."""
+    """The system ``local``. What is not given is taken from the environment and from files, see `settings`. `maxprocs`:
+    service processes a machine; `port`: of the first machine, the next ones count up from it (0: any free port); `image`:
+    machines run the program's image, as machines of other hosts do."""
 
     name = "local"
 
-    def __init__(self, maxprocs: int = 1, port: int = 0, image: bool = False) -> None:
-        if maxprocs < 1:
-            raise UsageError(f"maxprocs must be at least 1: {maxprocs}")
-        if not 0 <= port <= 65535:
-            raise UsageError(f"not a port: {port}")
-        self._maxprocs = maxprocs
-        self._port = port
-        self.ships: tuple[str, ...] = (platform_name(),) if image else ()
+    def __init__(self, maxprocs: int | None = None, port: int | None = None, image: bool | None = None) -> None:
+        settings = load(Settings, "local", {"maxprocs": maxprocs, "port": port, "image": image})
+        self._maxprocs = settings.maxprocs
+        self._port = settings.port
+        self.ships: tuple[str, ...] = (platform_name(),) if settings.image else ()
         self._supervisor = _supervisor_command()
         self._lock = threading.Lock()
         self._children: dict[str, _Child] = {}

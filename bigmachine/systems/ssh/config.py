@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import getpass
 import re
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,9 @@ from typing import Any
 from paramiko import ConfigParseError, SSHConfig
 
 from ...errors import UsageError
+from ...settings import FILE
 from .known import DEFAULT_PORT, place
-
-FILE = "bigmachine.toml"
-"""In the working directory; ``hosts = ["ada", "grace:2222"]`` in its section ``[ssh]``."""
+from .settings import DEFAULT
 
 KEYS = ("id_rsa", "id_ecdsa", "id_ed25519")
 """In ``~/.ssh``: tried where no IdentityFile is given, as ssh does."""
@@ -51,38 +49,20 @@ class Target:
         return self.alias or place(self.host, self.port)
 
 
-def host_names(hosts: str | Sequence[str], folder: Path) -> list[str]:
-    """The hosts in ``ada,grace:2222``, of the file in ``@FILE``, one a line, or of `FILE` in `folder` where `hosts` is empty.
-
-    Raises `UsageError`, where there are none, too.
-    """
-    if isinstance(hosts, str) and hosts.startswith("@"):
+def host_names(hosts: Sequence[str]) -> list[str]:
+    """The hosts of the setting `hosts`, or those in the file that it names (``@FILE``), one a line. Raises `UsageError`, where
+    there are none, too."""
+    if len(hosts) == 1 and hosts[0].startswith("@"):
+        file = hosts[0][1:]
         try:
-            lines = Path(hosts[1:]).expanduser().read_text("utf-8").splitlines()
+            lines = Path(file).expanduser().read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"the file with the hosts cannot be read: {hosts[1:]}: {error}") from error
-        names = [line.partition("#")[0].strip() for line in lines]
-    elif isinstance(hosts, str):
-        names = hosts.split(",")
-    else:
-        names = list(hosts)
-    names = [name.strip() for name in names if name.strip()] or ([] if hosts else _from_file(folder / FILE))
+            raise UsageError(f"the file with the hosts cannot be read: {file}: {error}") from error
+        hosts = [line.partition("#")[0] for line in lines]
+    names = [name.strip() for name in hosts if name.strip()]
     if not names:
         raise UsageError(f"no hosts: -bigm.hosts=ada,grace:2222, or @FILE with one a line, or [ssh] hosts in {FILE}")
     return names
-
-
-def _from_file(file: Path) -> list[str]:
-    try:
-        section: Any = tomllib.loads(file.read_text("utf-8")).get("ssh", {})
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:  # Not TOML, or not UTF-8.
-        raise UsageError(f"{file} cannot be read: {error}") from error
-    hosts = section.get("hosts", []) if isinstance(section, dict) else section
-    if not isinstance(hosts, list) or not all(isinstance(host, str) for host in hosts):
-        raise UsageError(f"[ssh] in {file}: hosts is a list of texts, such as hosts = ['ada', 'grace:2222']: {hosts!r}")
-    return hosts
 
 
 class Config:
@@ -137,9 +117,6 @@ class Config:
             if index == 0:
                 yield from target.jumps
             yield Target(**{**vars(target), "jumps": ()})
-
-
-DEFAULT = "~/.ssh/config"
 
 
 def _paths(options: Mapping[str, Any], key: str, default: Sequence[str]) -> list[Path]:
