@@ -1,15 +1,20 @@
 """Services: ordinary objects, and what of them can be called from elsewhere.
 
-Every public method (no leading underscore) of a service is callable, but for `setup`, which bigmachine calls itself, and
-`drain`, which is kept for systems whose machines are taken away. How a method runs follows from how it is written: `def` on a
-thread, `async def` on the process's event loop, a generator as a stream of items. Methods may run at the same time as others of
-the same object, as in any threaded server.
+Every public method (no leading underscore) of a service is callable, but for two, which bigmachine calls itself. ``setup(b)``
+comes before any other; ``drain(deadline)`` when it becomes known that the machine will be taken away at `deadline` (seconds as
+of `time.time`; None where nobody has said): time to hand on what would be lost. It is called on a thread of its own, in every
+process that holds the service, while calls go on.
+
+How a method runs follows from how it is written: `def` on a thread, `async def` on the process's event loop, a generator as a
+stream of items. Methods may run at the same time as others of the same object, as in any threaded server.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -71,8 +76,9 @@ def check_services(services: Mapping[str, object]) -> None:
             raise UsageError(f"the service name {name!r} is bigmachine's own; choose another")
         if inspect.isclass(service):
             raise UsageError(f"service {name!r} is a class; give an object of it: {service.__name__}()")
-        if inspect.iscoroutinefunction(getattr(service, "setup", None)):
-            raise UsageError(f"the setup of service {name!r} is `async def`; it runs on a thread: write `def`")
+        for method in sorted(LIFECYCLE):
+            if inspect.iscoroutinefunction(getattr(service, method, None)):
+                raise UsageError(f"the {method} of service {name!r} is `async def`; it runs on a thread: write `def`")
 
 
 def method_kind(function: Callable[..., Any]) -> Kind:
@@ -100,6 +106,7 @@ class Services:
         self._methods: dict[str, Method] = {}
         self._names: dict[str, list[str]] = {}
         self._installed = False
+        self._drains: list[float | None] = []
         self.services: dict[str, object] = {}
         for name, service in builtin.items():
             self._add(name, service)
@@ -127,6 +134,21 @@ class Services:
             for name, service in services.items():
                 self._add(name, service)
             self._installed = True
+            drains, self._drains = self._drains, []
+        for deadline in drains:
+            self.drain(deadline)
+
+    def drain(self, deadline: float | None) -> None:
+        """Begin to drain the services that can be, each on a thread; where they are still being set up, after that."""
+        with self._lock:
+            if not self._installed:
+                self._drains.append(deadline)
+                return
+        for name, service in self.services.items():
+            if callable(drain := getattr(service, "drain", None)):
+                work = threading.Thread(target=_drain, args=(name, drain, deadline), name=f"bigmachine-drain-{name}")
+                work.daemon = True
+                work.start()
 
     def installed(self) -> None:
         """There is nothing to install: this process only has what is built in."""
@@ -155,6 +177,14 @@ class Services:
             return NotReady(name, "the machine's services are not set up yet")
         known = [known for known in self._names if known not in RESERVED]
         return UnknownMethod(name, f"no service {service!r} on this machine; it has {_listed(known)}")
+
+
+def _drain(name: str, drain: Callable[[float | None], object], deadline: float | None) -> None:
+    """Nobody waits for what it returns or raises: that is output."""
+    try:
+        drain(deadline)
+    except Exception:
+        sys.stderr.write(f"bigmachine: the drain of service {name!r} failed:\n{traceback.format_exc()}")
 
 
 def _listed(names: list[str]) -> str:

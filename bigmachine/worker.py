@@ -5,6 +5,7 @@ The supervisor talks to it over the control socket (`supervisor.control`), on th
 - ``fork``: become several processes (`supervisor.forking`), before there is any thread.
 - ``identity``: the machine's credentials. Everything that needs threads or TLS begins with it.
 - ``services`` and a descriptor: install them; the answer is ``installed``, with a ``failure`` where they could not be.
+- ``drain``: the machine will be taken away at ``deadline``: tell the services that want to know.
 - ``connection`` and a descriptor: a client, whose first byte has not been read.
 
 The process ends with the supervisor (end of the control socket), and by SIGTERM.
@@ -139,6 +140,9 @@ def run(control: ControlSocket, main_names: frozenset[str]) -> NoReturn:
             case "services":
                 assert worker is not None
                 threading.Thread(target=_install, args=(worker, control, fds[0]), name="bigmachine-setup").start()
+            case "drain":
+                assert worker is not None
+                worker.handler.drain(message["deadline"])
             case "connection":
                 sock = socket.socket(fileno=fds[0])
                 if worker is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Iterator
@@ -126,3 +127,43 @@ def test_idle_machines_need_few_threads(b: bigmachine.Session) -> None:
     for machine in machines:
         named = [thread for thread in threading.enumerate() if machine.id in thread.name]
         assert len(named) <= 2
+
+
+_told: queue.SimpleQueue[float | None] = queue.SimpleQueue()
+
+
+class Draining(Probe):
+    """Found by name, as it shares a queue with its test."""
+
+    def drain(self, deadline: float | None) -> None:
+        _told.put(deadline)
+
+    @bigmachine.parallel
+    def compute(self) -> int:
+        return 1
+
+
+def test_a_machine_is_taken_away_at_will() -> None:
+    system = TestSystem(maxprocs=2)
+    with bigmachine.start(system) as b:
+        (machine,) = b.start(1, {"Draining": Draining()})
+        machine.wait(State.RUNNING, SOON)
+        came: queue.SimpleQueue[bigmachine.Machine] = queue.SimpleQueue()
+        machine.on_notice(came.put)
+        system.notice(machine, "rebalance")
+        assert came.get(timeout=SOON) is machine
+        assert machine.notice is not None
+        assert (machine.notice.kind, machine.notice.deadline) == ("rebalance", None)
+        before = time.time()
+        system.notice(machine, seconds=120.0)
+        came.get(timeout=SOON)
+        deadline = machine.notice.deadline
+        assert deadline is not None
+        assert before + 120 <= deadline <= time.time() + 120
+        assert machine.notice.text == "the machine will be taken away in 120 s"
+        # In every process that holds the service.
+        assert [_told.get(timeout=SOON), _told.get(timeout=SOON)] == [deadline] * 2
+        assert machine.call("Draining.compute") == 1
+        assert _told.empty()
+        with pytest.raises(UsageError, match="no such kind of notice: 'eviction'; there are interruption, rebalance"):
+            system.notice(machine, "eviction")

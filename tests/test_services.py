@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
+from rpc_pair import SOON
 
 from bigmachine import parallel
 from bigmachine.credentials import Identity, Role
@@ -180,9 +183,69 @@ def test_services_that_cannot_be(services: dict[Any, object], text: str) -> None
         check_services(services)
 
 
-def test_an_asynchronous_setup_is_refused() -> None:
-    class Late:
-        async def setup(self, b: object) -> None: ...
+class LateSetup:
+    async def setup(self, b: object) -> None: ...
 
-    with pytest.raises(UsageError, match="async def"):
-        check_services({"Late": Late()})
+
+class LateDrain:
+    async def drain(self, deadline: float | None) -> None: ...
+
+
+@pytest.mark.parametrize(("service", "method"), [(LateSetup(), "setup"), (LateDrain(), "drain")])
+def test_what_is_asynchronous_and_must_not_be_is_refused(service: object, method: str) -> None:
+    with pytest.raises(UsageError, match=f"the {method} of service 'Late' is `async def`"):
+        check_services({"Late": service})
+
+
+class Drained:
+    """Puts what it is told into a queue, and then waits, as one that has much to hand on would."""
+
+    def __init__(self) -> None:
+        self.told: queue.SimpleQueue[tuple[float | None, str]] = queue.SimpleQueue()
+        self.over = threading.Event()
+
+    def drain(self, deadline: float | None) -> None:
+        self.told.put((deadline, threading.current_thread().name))
+        self.over.wait(SOON)
+
+    def plain(self) -> None: ...
+
+
+def test_services_that_can_are_drained_at_the_same_time() -> None:
+    first, second = Drained(), Drained()
+    handler = served({"First": first, "Base": Base(), "Second": second})
+    handler.drain(1234.5)
+    assert first.told.get(timeout=SOON) == (1234.5, "bigmachine-drain-First")
+    assert second.told.get(timeout=SOON) == (1234.5, "bigmachine-drain-Second")
+    handler.drain(None)
+    assert first.told.get(timeout=SOON)[0] is None
+    assert handler.find("First.plain", DRIVER)
+    with pytest.raises(UnknownMethod, match="no method 'drain'"):
+        handler.find("First.drain", DRIVER)
+    for service in (first, second):
+        service.over.set()
+
+
+def test_services_are_drained_when_they_are_set_up() -> None:
+    service = Drained()
+    service.over.set()
+    handler = Services({})
+    handler.drain(1.0)
+    assert service.told.empty()
+    handler.install({"Late": service}, None)
+    assert service.told.get(timeout=SOON)[0] == 1.0
+    assert service.told.empty()
+
+
+def test_what_a_drain_raises_is_output(capsys: pytest.CaptureFixture[str]) -> None:
+    class Hasty:
+        def drain(self, deadline: float | None) -> None:
+            raise LookupError("nowhere to hand it on to")
+
+    served({"Hasty": Hasty()}).drain(1.0)
+    for thread in threading.enumerate():
+        if thread.name == "bigmachine-drain-Hasty":
+            thread.join(SOON)
+    said = capsys.readouterr().err
+    assert said.startswith("bigmachine: the drain of service 'Hasty' failed:\nTraceback")
+    assert said.endswith("LookupError: nowhere to hand it on to\n")

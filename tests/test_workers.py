@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import pytest
 
 from bigmachine.authority import Authority
 from bigmachine.credentials import Role
+from bigmachine.info import Notice
 from bigmachine.rpc.reactor import Reactor, reactor
 from bigmachine.supervisor.death import Death
 from bigmachine.supervisor.output import OutputCapture
@@ -31,11 +32,25 @@ class FakeProcesses:
         self.capture: OutputCapture
         self.die: Callable[[Death], None]
         self.fd = -1
+        self.sent: list[tuple[int, str, Any]] = []
+        self.gone: set[int] = set()
+
+    def send(self, process: int, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
+        """As processes that do all at once: they have set their services up when they are told which."""
+        if process in self.gone:
+            raise BrokenPipeError
+        self.sent.append((process, message["type"], message.get("deadline")))
+        if message["type"] == "services":
+            self.say(process, {"type": "installed"}, [])
+
+    def start_replicas(self, count: int, single_threaded: bool) -> None:
+        for process in range(1, count):
+            self.say(process, {"type": "ready"}, [])
 
     def attach(
         self, reactor: Reactor, output: OutputCapture, on_message: Any, on_exit: Callable[[Death], None]
     ) -> None:
-        self.capture, self.die = output, on_exit
+        self.capture, self.die, self.say = output, on_exit, on_message
         read, self.fd = os.pipe()
         output.add(0, "stdout", read)
 
@@ -90,7 +105,7 @@ def processes() -> FakeProcesses:
 @pytest.fixture
 def workers(processes: FakeProcesses) -> Iterator[ProcessWorkers]:
     credentials = Authority("s-workers").issue(Role.MACHINE, "m-000001")
-    workers = ProcessWorkers(cast(Processes, processes), "m-000001", credentials, "", 1, reactor())
+    workers = ProcessWorkers(cast(Processes, processes), "m-000001", credentials, "", 3, reactor())
     yield workers
     workers.stop(0.0)
 
@@ -163,3 +178,54 @@ def test_a_machine_that_is_stopped_has_no_death_to_tell(workers: ProcessWorkers,
     reader.join()
     reader.wait("output")
     assert workers.obituary() is None
+
+
+INTERRUPTION = Notice("interruption", 1234.5, "the instance will be terminated")
+REBALANCE = Notice("rebalance", None, "the instance may be terminated")
+
+
+def drained(processes: FakeProcesses) -> list[tuple[int, float]]:
+    return [(process, deadline) for process, kind, deadline in processes.sent if kind == "drain"]
+
+
+@pytest.mark.parametrize("replicas", [False, True])
+def test_an_interruption_drains_every_process_that_holds_services(
+    workers: ProcessWorkers, processes: FakeProcesses, replicas: bool
+) -> None:
+    processes.say(0, {"type": "ready", "single_threaded": True}, [])
+    assert workers.install(b"blob", replicas, AT_ONCE) is None
+    workers.notice(REBALANCE)
+    assert drained(processes) == []
+    workers.notice(INTERRUPTION)
+    assert drained(processes) == [(process, 1234.5) for process in range(3 if replicas else 1)]
+    reader = Reader(workers)
+    reader.wait("notice", "notice")
+    assert reader.events == [("notice", *vars(REBALANCE).values()), ("notice", *vars(INTERRUPTION).values())]
+
+
+def test_an_interruption_before_there_are_services(workers: ProcessWorkers, processes: FakeProcesses) -> None:
+    workers.notice(INTERRUPTION)
+    assert processes.sent == []
+    processes.say(0, {"type": "ready", "single_threaded": True}, [])
+    workers.install(b"blob", True, AT_ONCE)
+    assert [kind for process, kind, _ in processes.sent if process == 2] == ["identity", "services", "drain"]
+    assert drained(processes) == [(process, 1234.5) for process in range(3)]
+
+
+def test_a_process_that_has_ended_keeps_no_other_from_being_drained(
+    workers: ProcessWorkers, processes: FakeProcesses
+) -> None:
+    processes.say(0, {"type": "ready", "single_threaded": True}, [])
+    workers.install(b"blob", True, AT_ONCE)
+    processes.gone.add(1)
+    workers.notice(INTERRUPTION)
+    assert [process for process, _ in drained(processes)] == [0, 2]
+
+
+def test_a_notice_wakes_whoever_reads_the_events(workers: ProcessWorkers, processes: FakeProcesses) -> None:
+    processes.end()
+    reader = Reader(workers)
+    workers.notice(REBALANCE)
+    reader.wait("notice")
+    workers.log("somebody knocks")
+    reader.wait("notice", "log")

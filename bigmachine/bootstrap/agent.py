@@ -61,6 +61,9 @@ TAKE_OVER = 2.0
 RESUMABLE = 120.0
 """Seconds for which an interrupted upload is kept."""
 
+MARGIN = 60.0
+"""Seconds that a dead man's switch waits after an agent should have ended."""
+
 MAX_CONNECTIONS = 200
 """A driver has a few, each peer one or two. Threads cost little, but not nothing."""
 
@@ -102,7 +105,7 @@ class _Plan:
             "maxprocs": self.maxprocs,
             "lease": request["lease"],
             "on_exit": request.get("on_exit") or fields["on_exit"],
-            "remove": fields["remove"],
+            **{name: fields[name] for name in ("remove", "deadman", "notices")},
         }
         for text in [*self.argv, *self.environ, *self.environ.values()]:
             if "\0" in text:
@@ -117,6 +120,9 @@ class Agent:
         self.name = "agent.{}.bigmachine".format(credentials["identity"].rsplit("/", 1)[1])
         self.idle: float = settings.get("idle", 600.0)
         self.on_exit: list[str] = settings.get("on_exit") or []
+        self.deadman: str = settings.get("deadman", "")
+        self.notices: str = settings.get("notices", "")
+        self.marks: dict[str, str] = settings.get("ages", {})
         self.secret = os.urandom(16).hex()
         self.store = Store(settings.get("cache", ""))
         self.uploads: dict[str, Upload] = {}
@@ -125,15 +131,19 @@ class Agent:
         self._peers = _context({"ca": credentials["ca"]}, ssl.PROTOCOL_TLS_CLIENT)
         self._lock = threading.Lock()
         self._touched = time.monotonic()
+        self._told = 0.0
         self._plan: _Plan | None = None
         self._shut = threading.Event()
         self._answered = threading.Event()
         self._reason = ""
         self.pythons = Pythons()
-        bind = settings.get("bind", "0.0.0.0")
+        bind, port = settings.get("bind", "0.0.0.0"), settings.get("port", 0)
         self.listener = socket.socket(socket.AF_INET6 if ":" in bind else socket.AF_INET)
         self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.listener.bind((bind, settings.get("port", 0)))
+        try:
+            self.listener.bind((bind, port))
+        except OSError as error:
+            raise OSError(f"cannot listen at port {port} of {bind}: {error.strerror}") from None
         self.listener.listen(1024)
         self.listener.setblocking(False)
         self._wake, self._waker = socket.socketpair()
@@ -203,8 +213,16 @@ class Agent:
             raise Ended(f"no driver within {self.idle:g} s")
 
     def touch(self) -> None:
-        """A driver was here."""
-        self._touched = time.monotonic()
+        """A driver was here. The dead man's switch is told so at most once a second, in place and as long as ever: it needs no
+        space then, and nobody reads half of it."""
+        now = time.monotonic()
+        if self.deadman and now - self._told > 1.0:
+            self._told = now
+            with contextlib.suppress(OSError):  # What it said before still counts.
+                fd = os.open(self.deadman, os.O_WRONLY | os.O_CREAT, 0o600)
+                os.write(fd, b"%-15d\n" % (uptime() + self.idle + MARGIN))
+                os.close(fd)
+        self._touched = now
 
     def end(self, reason: str) -> None:
         """Make `run` end. Also for signal handlers."""
@@ -241,6 +259,7 @@ class Agent:
             "store": self.store.id,
             "secret": self.secret,
             "agent": PROTOCOL,
+            "ages": ages(self.marks),
         }
 
     @contextlib.contextmanager
@@ -334,6 +353,7 @@ class Agent:
         site = self.store.make("images", _key(*wanted[:-1]), lambda folder: install(trees[:-1], f"{folder}/site"))
         folder = self.store.make("images", _key(wanted[-1], program.hex()), fill)
         fields = {"cpus": cpus(), "on_exit": self.on_exit, "remove": self.store.temporary}
+        fields.update(deadman=self.deadman, notices=self.notices)
         plan = _Plan(request, python, os.path.join(site, "site"), folder, fields)
         plan.handover["locks"] = [locked(site), locked(folder)]
         return plan
@@ -342,7 +362,7 @@ class Agent:
         """Returns when nobody is accepted any more: who connects from now on waits for the machine."""
         with self._lock:
             if self._plan is not None:
-                raise Refused(409, "it is becoming a machine already")
+                raise Refused(409, "it is becoming a machine already", becoming=True)
             self._plan = plan
         self._waker.send(b"!")
         self._shut.wait()
@@ -371,6 +391,26 @@ class Agent:
 def cpus() -> int:
     """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def uptime() -> float:
+    """Seconds since the host's start, whatever its clock is set to."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def ages(marks: dict[str, str]) -> dict[str, float]:
+    """How many seconds ago things began: ``kernel``, ``init`` (process 1), ``agent`` (this process), and those of which a file
+    says at what uptime; as far as this system tells."""
+    found = {}
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        ticks = os.sysconf("SC_CLK_TCK")
+        now = found["kernel"] = uptime()
+        for name, path in {"init": "/proc/1/stat", "agent": "/proc/self/stat", **marks}.items():
+            with contextlib.suppress(OSError, ValueError, IndexError), open(path) as file:
+                text = file.read()
+                began = float(text.split()[0]) if name in marks else int(text.rpartition(")")[2].split()[19]) / ticks
+                found[name] = now - began
+    return found
 
 
 def _key(*words: str) -> str:
@@ -405,7 +445,9 @@ def _readable(pem: str) -> Iterator[str]:
 def main(settings: dict[str, Any]) -> None:
     """Be an agent. `settings`: ``credentials`` as `Credentials.to_json` has them, of role agent; and, where they are to be
     others than these, ``port`` 0, ``bind`` "0.0.0.0", ``cache`` "" (see `Store`), ``idle`` 600.0 (seconds without a driver
-    after which it ends), ``on_exit`` [] (a command that is executed when it has ended without becoming a machine)."""
+    after which it ends), ``on_exit`` [] (a command that is executed when it has ended without becoming a machine), ``deadman``
+    "" (a file that says until when the host is to live, in seconds since its start: who ends the host reads it), ``notices``
+    "" (for the machine: see `supervisor.notices`), ``ages`` {} (names and files: see `ages`)."""
     agent: Agent | None = None
     code = 1
 

@@ -6,9 +6,11 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from ..credentials import Credentials
+from ..info import Notice
 from ..rpc.reactor import reactor
 from .processes import Processes
 from .serve import pidfd, serve
@@ -34,6 +36,12 @@ class LocalHost:
         watched too."""
         fd = pidfd(self._driver)
         return [0] if fd is None else [0, fd]
+
+    def renewed(self, lease: float) -> None:
+        """See `system.Host`: nobody else waits."""
+
+    def watch(self, notify: Callable[[Notice], None]) -> None:
+        """See `system.Host`: nobody takes it away."""
 
     def exit(self, reason: str) -> NoReturn:
         """See `system.Host`. The reason is for the launcher, who reads it."""

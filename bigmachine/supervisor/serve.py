@@ -56,6 +56,7 @@ class Supervisor:
         self._server = Server(handler, context, Codec(), reactor, identify=peer_identity, log=workers.log)
         self._door = Door(host.listener(), machine, self._route, reactor, workers.log)
         self._watch_driver(host.driver_gone())
+        host.watch(workers.notice)
         self._check()
 
     def _route(self, process: int | None, sock: socket.socket) -> None:
@@ -77,6 +78,7 @@ class Supervisor:
     def _renew(self, lease: float) -> None:
         with self._lock:
             self._watchdog.renew(time.monotonic(), lease)
+        self._host.renewed(lease)
 
     def _check(self) -> None:
         """Look at the lease, and at the services, every second, for the rest of the machine's life."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from ..credentials import Credentials
 from ..errors import ProgramEnded
+from ..info import Notice
 from ..rpc.reactor import Reactor
 from .control import Message
 from .death import Death
@@ -19,7 +20,8 @@ from .output import OutputCapture
 from .processes import Processes
 
 Event = tuple[Any, ...]
-"""``("output", process, stream, data)``, ``("log", text)`` or ``("death", summary, last_output)``."""
+"""``("output", process, stream, data)``, ``("log", text)``, ``("notice", kind, deadline, text)`` as in `info.Notice`, or
+``("death", summary, last_output)``."""
 
 POLL = 5.0
 """Seconds between two looks whether the reader of events is still there. What happens wakes it at once."""
@@ -47,6 +49,10 @@ class Workers(Protocol):
 
     def log(self, text: str) -> None:
         """An event of the supervisor's own."""
+
+    def notice(self, notice: Notice) -> None:
+        """The machine will be taken away: an event; where it is sure, the services are drained in every process that holds
+        any, or will hold any."""
 
     def obituary(self) -> str | None:
         """How the first process that died did so; None while all live."""
@@ -79,7 +85,9 @@ class ProcessWorkers:
         self._installed: dict[int, bytes | None] = {}
         self._problem = ""
         self._death: Death | None = None
-        self._logs: list[str] = []
+        self._own: list[Event] = []
+        self._draining: Message | None = None
+        self._holding = 0  # How many processes have, or are setting up, services.
         self._stopping = False
         self._capture = OutputCapture(reactor)
         processes.attach(reactor, self._capture, self._on_message, self._on_exit)
@@ -135,6 +143,11 @@ class ProcessWorkers:
             for process in range(count):
                 self._processes.send(process, self._identity)
                 self._processes.send(process, {"type": "services"}, [fd])
+            with self._changed:
+                self._holding = count
+                draining = self._draining
+            if draining is not None:
+                self._drain(draining, count)
         finally:
             os.close(fd)
         self._wait(
@@ -160,8 +173,8 @@ class ProcessWorkers:
             outputs = self._capture.read(POLL if death is None else 0.0)
             if not outputs and gone():
                 return
-            while self._logs:
-                yield "log", self._logs.pop(0)
+            while self._own:
+                yield self._own.pop(0)
             for output in outputs or ():
                 yield "output", output.process, output.stream, output.data
             if death is not None:
@@ -171,10 +184,11 @@ class ProcessWorkers:
                 return
 
     def _all_is_said(self, told: bool) -> bool:
-        """The pipes have ended: wait for a death that was not `told`, for logs, for `stop`. True where nothing follows."""
+        """The pipes have ended: wait for a death that was not `told`, for our own events, for `stop`. True where nothing
+        follows."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopping or self._logs or (self._death and not told), POLL)
-            return self._stopping and not self._logs and (told or self._death is None)
+            self._changed.wait_for(lambda: self._stopping or self._own or (self._death and not told), POLL)
+            return self._stopping and not self._own and (told or self._death is None)
 
     def discard(self) -> None:
         """See `Workers`."""
@@ -182,11 +196,31 @@ class ProcessWorkers:
 
     def log(self, text: str) -> None:
         """See `Workers`. At most a thousand wait: somebody may knock at the door for hours."""
+        if len(self._own) < 1000:
+            self._tell(("log", text))
+
+    def _tell(self, event: Event) -> None:
         with self._changed:
-            if len(self._logs) < 1000:
-                self._logs.append(text)
+            self._own.append(event)
             self._changed.notify_all()
         self._capture.poke()
+
+    def notice(self, notice: Notice) -> None:
+        """See `Workers`."""
+        self._tell(("notice", notice.kind, notice.deadline, notice.text))
+        if notice.kind == "interruption":
+            message = {"type": "drain", "deadline": notice.deadline}
+            with self._changed:
+                self._draining = message
+                count = self._holding
+            self._drain(message, count)
+
+    def _drain(self, message: Message, count: int) -> None:
+        for process in range(count):
+            try:
+                self._processes.send(process, message)
+            except OSError:
+                pass  # It has ended, which the supervisor knows, or is about to know.
 
     def obituary(self) -> str | None:
         """See `Workers`."""

@@ -11,11 +11,13 @@ import queue
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 
 from ..credentials import Credentials, server_context
 from ..errors import UsageError
+from ..info import Notice
 from ..machine import Machine
 from ..program import digest
 from ..rpc.reactor import reactor
@@ -23,6 +25,9 @@ from ..supervisor.serve import Supervisor
 from ..supervisor.workers import POLL, Event
 from ..system import Launched, Order
 from ..worker import Worker
+
+KINDS = ("interruption", "rebalance")
+"""Of notices."""
 
 
 class _Threads:
@@ -82,6 +87,13 @@ class _Threads:
         """See `Workers`."""
         return self._obituary
 
+    def notice(self, notice: Notice) -> None:
+        """See `Workers`."""
+        self._events.put(("notice", notice.kind, notice.deadline, notice.text))
+        if notice.kind == "interruption":
+            for worker in self._workers:
+                worker.handler.drain(notice.deadline)
+
     def die(self, how: str) -> None:
         """As if a service process had died."""
         self._obituary = how
@@ -113,6 +125,7 @@ class _Machine:
         self.workers = _Threads(order.id, order.credentials, context, self.launched.address, maxprocs, names)
         self.ended = threading.Event()
         self.callbacks: list[Callable[[str], None]] = []
+        self.notify: Callable[[Notice], None]
         self.reason: str | None = None
         self.supervisor = Supervisor(order.id, context, self, self.workers, reactor(), order.lease)
         self.thread = threading.Thread(target=self._run, name=f"bigmachine-{order.id}", daemon=True)
@@ -128,6 +141,13 @@ class _Machine:
     def driver_gone(self) -> list[int]:
         """See `system.Host`: it cannot be without us."""
         return []
+
+    def renewed(self, lease: float) -> None:
+        """See `system.Host`: nobody else waits."""
+
+    def watch(self, notify: Callable[[Notice], None]) -> None:
+        """See `system.Host`: `TestLauncher.notice` is who takes it away."""
+        self.notify = notify
 
     def exit(self, reason: str) -> None:
         """See `system.Host`."""
@@ -181,6 +201,17 @@ class TestLauncher:
     def crash(self, machine: Machine, how: str = "service process 0 (pid 1) was killed by SIGSEGV") -> None:
         """End `machine` as the death of a service process would: its supervisor tells `how`."""
         self._of(machine).workers.die(how)
+
+    def notice(self, machine: Machine, kind: str = "interruption", seconds: float | None = 120.0) -> None:
+        """As if whoever lends `machine` said that it would be taken away in so many seconds: its services are drained, and it
+        goes on. `kind` is as in `info.Notice`; ``"rebalance"`` is said without a time."""
+        if kind not in KINDS:
+            raise UsageError(f"no such kind of notice: {kind!r}; there are {', '.join(KINDS)}")
+        if kind == "rebalance" or seconds is None:
+            self._of(machine).notify(Notice(kind, None, "the machine may be taken away"))
+        else:
+            text = f"the machine will be taken away in {seconds:g} s"
+            self._of(machine).notify(Notice(kind, time.time() + seconds, text))
 
     def _of(self, machine: Machine) -> _Machine:
         there = self._machines.get(machine.id)
