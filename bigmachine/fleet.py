@@ -270,6 +270,7 @@ class Owned:
                         self._on_event(event)
                 break
             except Unreachable:
+                self._fleet.launcher.ended(self.machine.id)  # Where the launcher has to look, it is time to.
                 if self._ending or machine.state is State.STOPPED or not self._retry_reading():
                     break
         for key in list(self._partial):
@@ -344,6 +345,8 @@ class Owned:
         return True
 
     def _ask_to_end(self) -> None:
+        if self._fleet.launcher.ended(self.machine.id) is not None:
+            return  # Nobody would answer; where its power was cut, nobody would say so either.
         call: Call[Any] = Call()
         try:
             supervisor = self.machine.supervisor

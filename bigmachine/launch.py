@@ -25,6 +25,7 @@ from .system import ENTRY_POINTS, Launcher, Program
 
 SYSTEMS = {
     "local": "bigmachine.systems.local:LocalLauncher",
+    "ec2": "bigmachine.systems.ec2:Ec2Launcher",
     "ssh": "bigmachine.systems.ssh:SshLauncher",
     "test": "bigmachine.systems.inprocess:TestLauncher",
 }
@@ -147,8 +148,8 @@ def packed_file(program: Program, platforms: Sequence[str]) -> Program:
         from .pack.archive import read_contents  # Only for systems whose machines have nothing yet.
 
         contents = read_contents(program.file)
-        for platform in platforms:
-            contents.manifest(platform)  # Raises where it is missing.
+        if not {each.platform for each in contents.platforms}.intersection(platforms):
+            contents.manifest(platforms[0])  # Raises: as each host will that turns out to be of another platform.
         return program
     if packed() is not None:
         raise UsageError("a packed program cannot pack: start the session with driver.start()")

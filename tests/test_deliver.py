@@ -14,24 +14,24 @@ from typing import Any
 
 import pytest
 from agents import AgentLauncher, AgentProcess, pack_bare
-from hosts import NOT_ASKED
 from rpc_pair import SOON, until
 
 from bigmachine import State
 from bigmachine.authority import Authority
 from bigmachine.cache import Cache
-from bigmachine.credentials import Role
+from bigmachine.credentials import Role, client_context
 from bigmachine.errors import BootError, PackError
+from bigmachine.launch import packed_file
+from bigmachine.machine import Machine, Network
 from bigmachine.pack.archive import read_contents
+from bigmachine.rpc.codec import Codec
+from bigmachine.rpc.reactor import reactor
 from bigmachine.system import Launcher, Order, Program
-from bigmachine.systems.remote import AgentUnreachable, RemoteHostError, Trust, deliver
+from bigmachine.systems.remote import AgentUnreachable, RemoteHostError, Trust, client, deliver
 from bigmachine.systems.remote.client import AgentClient, Peer
 from bigmachine.systems.remote.deliver import Delivery, Move, Site, needed, next_move
 from bigmachine.testing import conformance
 from bigmachine.testing.conformance import Cluster, Conformance
-
-if NOT_ASKED:
-    pytest.skip(NOT_ASKED, allow_module_level=True)
 
 TRUST = Trust()
 AUTHORITY = Authority("s-test")
@@ -424,6 +424,15 @@ def test_a_platform_for_which_it_was_not_packed(
         assert agent.wait() == 0
 
 
+def test_it_need_not_be_packed_for_all_that_hosts_may_be(file: Path, cache: Cache) -> None:
+    program = Program(("python",), digest=read_contents(file).digest, file=file)
+    (ours,) = (each.platform for each in read_contents(file).platforms)
+    assert packed_file(program, ("plan9/vax", ours)) is program
+    Delivery(file, 1, cache, platforms=["plan9/vax", ours]).close()
+    with pytest.raises(PackError, match="not for plan9/vax: pack it with --platform plan9/vax"):
+        packed_file(program, ("plan9/vax", "plan9/alpha"))
+
+
 def test_parts_are_compressed_once(file: Path, tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     delivery = Delivery(file, 1, cache, platforms=[read_contents(file).platforms[0].platform])
     names = {f"z-{digest}" for digest in parts_of(file)}
@@ -439,6 +448,51 @@ def test_parts_are_compressed_once(file: Path, tmp_path: Path, cache: Cache, mon
         assert deliver_all(delivery, file, [agent]) == []
         assert delivery.sent == bytes_of(file)
         delivery.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["cut before it is asked", "cut before it answers", "never answered"])
+def test_an_answer_that_is_lost_costs_no_machine(
+    file: Path, tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    request, readable = client._Connection.request, client._readable
+    asked: list[str] = []
+
+    def breaking(connection: client._Connection, method: str, path: str, *args: Any, **options: Any) -> None:
+        cut = path == "/exec" and how != "never answered" and not asked
+        if not cut or how == "cut before it answers":
+            request(connection, method, path, *args, **options)
+        if cut:
+            asked.append(path)
+            raise ConnectionResetError("the network has cut it")
+
+    monkeypatch.setattr(client._Connection, "request", breaking)
+    if how == "never answered":
+        monkeypatch.setattr(client, "LOOK", 0.2)
+        monkeypatch.setattr(client, "_readable", lambda sock, within: not within and readable(sock, within))
+    with AgentProcess(TRUST, tmp_path / "1", "m-1") as agent:
+        launched = deliver.deliver(order(file, "m-1"), agent.client(), file, host="localhost")
+        driver = AUTHORITY.issue(Role.DRIVER, "driver")
+        network = Network(lambda: client_context(driver), Codec(), reactor())
+        machine = Machine.dialled(launched.address, network)
+        assert machine.supervisor.call("Supervisor.ping", (), {}, SOON) == "m-1"
+        machine.supervisor.call("Supervisor.shutdown", (0.0,), {}, SOON)
+        machine.disconnect()
+        assert agent.wait() == 0
+
+
+def test_an_agent_that_dies_instead_of_executing(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with AgentProcess(TRUST, tmp_path / "1", "m-1") as agent:
+        execute = AgentClient.execute
+
+        def dying(self: AgentClient, request: Mapping[str, Any]) -> int:
+            agent.kill()
+            agent.wait()
+            return execute(self, request)
+
+        monkeypatch.setattr(AgentClient, "execute", dying)
+        with pytest.raises(AgentUnreachable, match=r"is unreachable: it has ended, and no machine took its place$"):
+            deliver.deliver(order(file, "m-1"), agent.client(), file, host="localhost")
 
 
 def test_a_cache_that_cannot_be_written_to(file: Path, tmp_path: Path) -> None:

@@ -38,11 +38,18 @@ BUSY = 0.1
 LAY_OUT = 300.0
 """Seconds that `execute` may take: hard links for every file of the program, on a slow disk."""
 
+LOOK = 5.0
+"""Seconds without an answer after which `execute` looks who listens by now; and those that a look takes at most."""
+
+LOOK_WITHIN = 60.0
+"""Seconds for which that is tried: a machine that no driver has called for so long after its start ends itself."""
+
 
 @dataclass(frozen=True)
 class AgentInfo:
     """What an agent says about its host. `pythons` are (minor version, path), `parts` the digests that it holds, `free` bytes;
-    agents with the same `store` share a cache; `secret` is what tickets for its parts are made with."""
+    agents with the same `store` share a cache; `secret` is what tickets for its parts are made with. `ages`: how many seconds
+    ago things began, as it answered: ``kernel``, ``init``, ``agent``, and what its settings name (`bootstrap.agent.ages`)."""
 
     id: str
     hostname: str
@@ -55,6 +62,7 @@ class AgentInfo:
     store: str
     secret: str = field(repr=False)
     protocol: int
+    ages: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,10 @@ class _Refused(Exception):
         super().__init__(str(body.get("error") or f"status {status}"))
         self.status = status
         self.body = body
+
+
+class _Replaced(Exception):
+    """Somebody else listens where the agent did."""
 
 
 class AgentClient:
@@ -122,6 +134,7 @@ class AgentClient:
             store=answer["store"],
             secret=answer["secret"],
             protocol=answer["agent"],
+            ages=answer["ages"],
         )
 
     def put_part(self, digest: str, size: int, path: Path, progress: Callable[[int], None] | None = None) -> int:
@@ -207,10 +220,55 @@ class AgentClient:
         self._once("POST", "/fetch", {"digest": digest, "size": size, "from": wanted}, timeout)
 
     def execute(self, request: Mapping[str, Any]) -> int:
-        """Let the agent become a machine: fields as in `bootstrap.agent._Plan`. Returns its maxprocs."""
-        maxprocs: int = self._once("POST", "/exec", request, LAY_OUT)["maxprocs"]
+        """Let the agent become a machine: fields as in `bootstrap.agent._Plan`. Returns its maxprocs.
+
+        Where the answer is lost, who listens there by now decides: the agent is asked again; anybody else is taken for the
+        machine. That may be a stranger, which shows when the machine's own certificate is asked for, which comes next.
+        """
+        maxprocs: int = request["maxprocs"]
+        tries, deadline = _Tries(self, LOOK_WITHIN), time.monotonic() + LAY_OUT
+        while True:
+            try:
+                maxprocs = self._execute(request, tries, deadline)
+                break
+            except _Refused as refused:
+                if not refused.body.get("becoming"):
+                    raise RemoteHostError(self.host, str(refused)) from None
+                break  # An earlier request has arrived.
+            except _Replaced:
+                break
+            except (OSError, http.client.HTTPException) as error:
+                if time.monotonic() > deadline:
+                    raise AgentUnreachable(self.address, _reason(error)) from error
+                tries.failed(error)
         self.close()
         return maxprocs
+
+    def _execute(self, request: Mapping[str, Any], tries: _Tries, deadline: float) -> int:
+        try:
+            with self._connection(TIMEOUT) as connection:
+                connection.request("POST", "/exec", json.dumps(request).encode())
+                while not _readable(connection.sock, LOOK) and time.monotonic() < deadline:
+                    self._look(tries)
+                    tries.progressed()
+                maxprocs: int = _answer(connection)["maxprocs"]
+                return maxprocs
+        except (OSError, http.client.HTTPException):
+            self._look(tries)
+            raise
+
+    def _look(self, tries: _Tries) -> None:
+        """Returns where the agent listens. Raises `_Replaced` where somebody else does, `AgentUnreachable` where nobody."""
+        while True:
+            try:
+                self.open(LOOK).close()
+                return
+            except ConnectionRefusedError as error:
+                raise AgentUnreachable(self.address, "it has ended, and no machine took its place") from error
+            except (ssl.SSLError, ConnectionError) as error:
+                raise _Replaced from error
+            except OSError as error:
+                tries.failed(error)
 
     def shutdown(self) -> None:
         """Ask the agent to end; does not raise."""
@@ -267,16 +325,33 @@ class AgentClient:
     def open(self, timeout: float) -> ssl.SSLSocket:
         """A new connection to the agent, which has proved to be the right one."""
         if self._connect is not None:
-            sock = self._connect(timeout)
-        else:
-            sock = socket.create_connection((self.host, self.port), timeout)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            raw = self._connect(timeout)
+            try:
+                raw.settimeout(timeout)
+                return self._context.wrap_socket(raw, server_hostname=self.name)
+            except BaseException:
+                raw.close()
+                raise
+        failure: OSError | None = None
+        for family, kind, protocol, _, address in socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM):
+            # Wrapped before it is connected: where the peer resets it between the two, Python would forget to close it.
+            sock = self._context.wrap_socket(socket.socket(family, kind, protocol), server_hostname=self.name)
+            try:
+                sock.settimeout(timeout)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.connect(address)
+                return sock
+            except OSError as error:
+                sock.close()
+                failure = error
+            except BaseException:
+                sock.close()
+                raise
+        assert failure is not None  # There is an address, or the system has raised that there is none.
         try:
-            sock.settimeout(timeout)
-            return self._context.wrap_socket(sock, server_hostname=self.name)
-        except BaseException:
-            sock.close()
-            raise
+            raise failure
+        finally:
+            del failure  # It refers to this frame.
 
 
 class _Connection(http.client.HTTPConnection):
@@ -291,14 +366,14 @@ class _Connection(http.client.HTTPConnection):
 class _Tries:
     """How often something may fail."""
 
-    def __init__(self, client: AgentClient) -> None:
+    def __init__(self, client: AgentClient, within: float = 0.0) -> None:
         self._client = client
-        self._count = 0
-        self._deadline = time.monotonic() + RETRY_WITHIN
+        self._within = within or RETRY_WITHIN
+        self.progressed()
 
     def progressed(self) -> None:
         self._count = 0
-        self._deadline = time.monotonic() + RETRY_WITHIN
+        self._deadline = time.monotonic() + self._within
 
     def failed(self, error: Exception) -> None:
         """Waits before the next try. Raises `AgentUnreachable` where there is none."""
@@ -324,7 +399,13 @@ def _answer(connection: http.client.HTTPConnection) -> Any:
 
 def _hung_up(connection: http.client.HTTPConnection) -> bool:
     """Whether the agent has closed a connection on which nothing is under way."""
-    return connection.sock is None or bool(select.select([connection.sock], [], [], 0)[0])
+    return connection.sock is None or _readable(connection.sock, 0.0)
+
+
+def _readable(sock: socket.socket, within: float) -> bool:
+    poll = select.poll()  # Not `select`: a driver of many machines has more descriptors than that knows.
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(within * 1000))
 
 
 def _reason(error: Exception) -> str:

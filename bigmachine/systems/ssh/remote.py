@@ -27,6 +27,9 @@ START_WITHIN = 60.0
 OWN_END = 2.0
 """Seconds for ending by itself: a machine that could be asked to was asked before it is stopped, and has answered."""
 
+TERM_WAIT = 2.0
+"""Seconds that an agent, or a supervisor, has for leaving nothing behind: it takes them milliseconds."""
+
 KILL_WAIT = 5.0
 """Seconds for killing what is left of a machine."""
 
@@ -73,6 +76,14 @@ def members():
                 yield int(pid)
 leader = read(session, "cmdline")
 deadline = time.monotonic() + float(sys.argv[3])
+if mark in leader:
+    try:
+        os.kill(session, 15)
+    except OSError:
+        pass
+    while session in members() and time.monotonic() < deadline:
+        time.sleep(0.01)
+deadline = time.monotonic() + float(sys.argv[4])
 while (not leader or mark in leader) and time.monotonic() < deadline:
     left = list(members())
     if not left:
@@ -84,7 +95,7 @@ while (not leader or mark in leader) and time.monotonic() < deadline:
             pass
     time.sleep(0.01)
 """
-"""Kills a session, unless another process has got the number of its leader meanwhile."""
+"""Ends a session, unless another process has got its leader's number meanwhile: asks the leader, then kills what is left."""
 
 
 class RemoteProcess:
@@ -107,9 +118,10 @@ class RemoteProcess:
         self._swept = False
         self._callbacks: list[Callable[[str], None]] = []
 
-    def start(self, source: bytes) -> None:
-        """Start the agent `source`; returns when it listens. Raises `RemoteHostError`."""
+    def start(self, source: bytes, connected: Callable[[], None] = lambda: None) -> None:
+        """Start the agent `source`; returns when it listens, after calling `connected`. Raises `RemoteHostError`."""
         channel = self._connections.session()
+        connected()
         with self._lock:
             if not self._unwanted:
                 self._channel = channel
@@ -163,7 +175,7 @@ class RemoteProcess:
         """Wait for its end, which sshd reports, or for that of the connection, which says nothing."""
         assert self._channel is not None
         status = self._channel.recv_exit_status()
-        if status < 0:
+        if status < 0 and not self._channel.eof_received:  # Of a process that was killed sshd says that its output has ended.
             transport = self._channel.get_transport()
             transport.join(LOSS)
             if not transport.is_active():
@@ -190,7 +202,7 @@ class RemoteProcess:
         callback(self.reason)
 
     def kill(self) -> None:
-        """Kill it with all that it has started, or is to start. Where the host cannot be reached, its lease will end it. Does
+        """End it with all that it has started, or is to start. Where the host cannot be reached, its lease will end it. Does
         not raise."""
         with self._lock:
             self._unwanted = True
@@ -208,8 +220,8 @@ class RemoteProcess:
     def _killed(self) -> bool:
         try:
             channel = self._connections.session(KILL_WAIT)
-            with contextlib.closing(channel), _closed_after(channel, 2 * KILL_WAIT):
-                channel.exec_command(command("-", str(self.pid), self.id, str(KILL_WAIT)))
+            with contextlib.closing(channel), _closed_after(channel, TERM_WAIT + 2 * KILL_WAIT):
+                channel.exec_command(command("-", str(self.pid), self.id, str(TERM_WAIT), str(KILL_WAIT)))
                 channel.sendall(KILLER.encode())
                 channel.shutdown_write()
                 channel.recv(1)  # The end of it: it says nothing.

@@ -16,21 +16,25 @@ lease lapses, because the driver was killed or the network parted. The connectio
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from pathlib import Path
 
-from ...errors import UsageError
+from ...errors import PackError, UsageError
+from ...info import Step
+from ...settings import load
 from ...system import Launched, Order
 from ..remote import RemoteHostError, Trust
 from ..remote.client import AgentClient
 from ..remote.deliver import Delivery
 from ..remote.source import agent_source
-from .config import DEFAULT, Config, Target, host_names
+from .config import Config, Target, host_names
 from .connections import Connections
 from .remote import RemoteProcess
+from .settings import SECTION, Settings
 from .tunnel import Tunnel
 
 DIRECT_WITHIN = 10.0
@@ -56,10 +60,21 @@ class _Machine:
         self.launched: Future[Launched] = Future()
         self.settled = threading.Event()
         self.stopping = False
+        self._marks: list[tuple[str, float]] = []
 
     @property
     def target(self) -> Target:
         return self.connections.target
+
+    def mark(self, step: str = "") -> None:
+        """A step begins, or none; the one before has ended."""
+        self._marks.append((step, time.time()))
+
+    def steps(self) -> list[Step]:
+        """How far it has got: ``ssh`` (a connection, and a session), ``agent``, and the delivery's."""
+        marks = list(self._marks)
+        steps = [Step(name, began, ended - began) for (name, began), (_, ended) in itertools.pairwise(marks)]
+        return steps + self.delivery.steps(self.order.id)
 
     def check(self) -> None:
         """Raises `RemoteHostError` where nobody wants the machine any more."""
@@ -68,35 +83,31 @@ class _Machine:
 
 
 class SshLauncher:
-    """`hosts`: names, ``user@host:port``, or ``@file``; without any, those of ``bigmachine.toml``. `sshconfig`: ssh's own
-    configuration, which is followed for HostName, User, Port, IdentityFile, ProxyJump and files of known hosts. `sshtunnel`:
-    see the module. `port`: of the first machine on each host, the next ones count up (0: any free port). `maxprocs`:
-    service processes a machine (0: the host's cores). `sshplatforms`: what hosts may be."""
+    """What is not given is taken from the environment and from files, see `settings`. `hosts`: names, ``user@host:port``, or
+    ``@file``. `sshconfig`: ssh's own configuration, which is followed for HostName, User, Port, IdentityFile, ProxyJump and
+    files of known hosts. `sshtunnel`: see the module. `port`: of the first machine on each host, the next ones count up (0:
+    any free port). `maxprocs`: service processes a machine (0: the host's cores). `sshplatforms`: what hosts may be."""
 
     name = "ssh"
 
     def __init__(
         self,
-        hosts: str | Sequence[str] = "",
-        sshconfig: str = DEFAULT,
-        sshtunnel: bool = False,
-        port: int = 0,
-        maxprocs: int = 0,
-        sshplatforms: str = "linux/amd64",
+        hosts: str | Sequence[str] | None = None,
+        sshconfig: str | None = None,
+        sshtunnel: bool | None = None,
+        port: int | None = None,
+        maxprocs: int | None = None,
+        sshplatforms: str | Sequence[str] | None = None,
     ) -> None:
-        if maxprocs < 0:
-            raise UsageError(f"maxprocs must be at least 1, or 0 for a host's cores: {maxprocs}")
-        if not 0 <= port <= 65535:
-            raise UsageError(f"not a port: {port}")
-        self.ships = tuple(name.strip() for name in sshplatforms.split(",") if name.strip())
-        if not self.ships:
-            raise UsageError("no platforms: such as linux/amd64,linux/arm64")
-        config = Config(sshconfig)
-        targets = dict.fromkeys(config.target(name) for name in host_names(hosts, Path.cwd()))
+        given = {"hosts": hosts or None, "sshconfig": sshconfig, "sshtunnel": sshtunnel, "sshplatforms": sshplatforms}
+        settings = load(Settings, SECTION, given | {"port": port, "maxprocs": maxprocs})
+        self.ships = settings.platforms
+        config = Config(settings.config)
+        targets = dict.fromkeys(config.target(name) for name in host_names(settings.hosts))
         self._hosts = [Connections(target) for target in targets]
-        self._tunnelled = sshtunnel
-        self._port = port
-        self._maxprocs = maxprocs
+        self._tunnelled = settings.tunnel
+        self._port = settings.port
+        self._maxprocs = settings.maxprocs
         self._trust = Trust()
         self._lock = threading.Lock()
         self._machines: dict[str, _Machine] = {}
@@ -161,6 +172,8 @@ class SshLauncher:
         except BaseException as error:  # Whatever it is, it is this machine's failure alone.
             if isinstance(error, RemoteHostError):  # Under the name by which the user knows the host.
                 error = RemoteHostError(machine.target.name, error.reason)
+            elif isinstance(error, PackError):
+                error = RemoteHostError(machine.target.name, str(error))
             if not delivering:
                 machine.delivery.lost()
             self._end(machine)
@@ -172,17 +185,23 @@ class SshLauncher:
 
     def _start_agent(self, machine: _Machine) -> tuple[AgentClient, str]:
         """An agent that can be reached, and the name of its host by which others find it."""
+        machine.mark("ssh")
+        try:
+            return self._started_agent(machine)
+        finally:
+            machine.mark()
+
+    def _started_agent(self, machine: _Machine) -> tuple[AgentClient, str]:
         id, target = machine.order.id, machine.target
         machine.check()
         port = self._port + machine.spot if self._port else 0
         settings = {"port": port, "bind": "127.0.0.1" if self._tunnelled else "0.0.0.0", "idle": IDLE}
         try:
-            machine.process.start(agent_source(self._trust.agent(id), settings))
+            machine.process.start(agent_source(self._trust.agent(id), settings), lambda: machine.mark("agent"))
         except RemoteHostError as error:
-            if not port:
+            if not port or f" port {port} " not in error.reason:
                 raise
-            reason = f"{error.reason} (it was to listen at port {port}: -bigm.port chooses another)"
-            raise RemoteHostError(target.name, reason) from error
+            raise RemoteHostError(target.name, f"{error.reason}; -bigm.port chooses another") from error
         machine.check()
         if self._tunnelled:
             there = machine.process.port
@@ -220,6 +239,11 @@ class SshLauncher:
         machine = self._machines.get(id)
         if machine is not None:
             machine.process.on_end(callback)
+
+    def timeline(self, id: str) -> Sequence[Step]:
+        """See `system.Launcher`."""
+        machine = self._machines.get(id)
+        return machine.steps() if machine is not None else []
 
     def console(self, id: str) -> str:
         """See `system.Launcher`: what the agent, then the supervisor, has said on its standard error."""
