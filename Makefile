@@ -1,18 +1,21 @@
 # make pi     install into .venv and run the example
-# make test   lint, types and tests; needs nothing done before it
-# make bench  measure against the floor (benchmarks/README.md); make bench-pack measures packing
+# make test   lint, types and tests; needs nothing done before it. As root on Debian it installs what tests of machines
+#             elsewhere need (tests/hosts/), and leaves them out with a reason where there is none of it
+# make bench  measure against the floor (benchmarks/README.md); make bench-pack measures packing,
+# make bench-boot machines elsewhere
 # make wheel, make cli, make platforms   what releases are made of (packaging/README.md)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
 .NOTPARALLEL:
-.PHONY: pi test lint bench bench-pack wheel cli platforms clean
+.PHONY: pi test lint bench bench-pack bench-boot wheel cli platforms clean
 
 pi: $(VENV)/run.stamp
 	@$(BIN)/python examples/bigpi.py -n 20000000 -nmach 5
 
 test: lint
+	@PYTHONPATH=tests $(BIN)/python -m hosts
 	$(BIN)/python -m pytest -n 2 $(PYTESTFLAGS)
 
 lint: $(VENV)/dev.stamp
@@ -24,6 +27,9 @@ bench: $(VENV)/dev.stamp
 
 bench-pack: $(VENV)/run.stamp
 	$(BIN)/python benchmarks/bench_pack.py
+
+bench-boot: $(VENV)/dev.stamp
+	$(BIN)/python benchmarks/bench_boot.py
 
 wheel: $(VENV)/run.stamp
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .

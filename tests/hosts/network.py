@@ -18,7 +18,6 @@ import contextlib
 import functools
 import ipaddress
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -29,7 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from . import NOT_ASKED
+from . import namespaces
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -43,6 +42,9 @@ USER, UID = "ada", 4242
 
 HIDDEN = ("/root", "/home", "/tmp", "/var/tmp", str(CHECKOUT))
 """Directories that are empty on hosts."""
+
+OWN = ("tini ", "sshd: ", "/usr/sbin/sshd ")
+"""How the command lines of processes begin that each host has."""
 
 INIT = r"""
 set -e
@@ -105,17 +107,8 @@ READY_WITHIN = 20.0
 
 @functools.cache
 def unavailable() -> str:
-    """Why there can be no such hosts here, or nobody asked for them; empty where there can."""
-    if NOT_ASKED:
-        return NOT_ASKED
-    if sys.platform != "linux":
-        return "hosts are made of Linux namespaces"
-    if os.geteuid() != 0:
-        return "only root can make hosts"
-    if missing := [command for command in NEEDED if shutil.which(command) is None]:
-        return f"hosts need {', '.join(missing)}: apt-get install {PACKAGES}"
-    trial = subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True, text=True)
-    return f"no namespaces here: {trial.stderr.strip()}" if trial.returncode else ""
+    """Why there can be no such hosts here; empty where there can."""
+    return namespaces.unavailable(NEEDED, PACKAGES)
 
 
 class Network:
@@ -129,18 +122,17 @@ class Network:
 
     def __enter__(self) -> Network:
         with contextlib.ExitStack() as stack:
-            number = _claim(stack)
+            number = stack.enter_context(namespaces.claim("hosts"))
             self.subnet = ipaddress.ip_network(f"10.213.{number}.0/24")
             self.gateway = str(self.subnet[1])
             self._interface = f"bigm{number}"
             self.files = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bigmachine-hosts-")))
             self.identity = self.files / "id_ed25519"
             make_key(self.identity)
-            command = ["unshare", "--net", "sh", "-c", "echo unshared; exec sleep inf"]
-            self.switch_pid = stack.enter_context(_process(command)).pid
+            self.switch_pid = stack.enter_context(namespaces.switch())
             stack.callback(self._close_hosts)
-            _ip(f"link add {self._interface} type veth peer name uplink netns {self.switch_pid}")
-            _ip(f"addr add {self.gateway}/24 dev {self._interface}\nlink set {self._interface} up")
+            stack.enter_context(namespaces.wire(self._interface, self.switch_pid, "uplink"))
+            namespaces.ip(f"addr add {self.gateway}/24 dev {self._interface}\nlink set {self._interface} up")
             self.ip("link add switch type bridge\nlink set switch up\nlink set uplink master switch up")
             self._open = stack.pop_all()
         return self
@@ -154,7 +146,7 @@ class Network:
 
     def ip(self, lines: str) -> None:
         """Commands of ``ip -batch`` where the switch is."""
-        _ip(lines, self.switch_pid)
+        namespaces.ip(lines, self.switch_pid)
 
     def host(
         self,
@@ -172,6 +164,16 @@ class Network:
         host.start(gone, own_python() if pythons is None else pythons, size)
         self.hosts[name] = host
         return host
+
+    def sent(self) -> int:
+        """Bytes that this process has sent to all hosts, with all headers; what hosts send each other is not among them."""
+        return int(Path(f"/sys/class/net/{self._interface}/statistics/tx_bytes").read_text())
+
+    @contextlib.contextmanager
+    def limit(self, mbit: float) -> Iterator[None]:
+        """This process and all hosts share a line of `mbit` Mbit/s each way; hosts among each other do not."""
+        with namespaces.limited(mbit, (self._interface, None), ("uplink", self.switch_pid)):
+            yield
 
     def config(self, file: Path, user: str = USER, **options: str) -> Path:
         """Write a configuration of ssh's by which all hosts are reached by name; `options` hold for each."""
@@ -211,7 +213,7 @@ class SshHost:
         }
         command = ["unshare", "--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child", "sh", "-c"]
         with contextlib.ExitStack() as stack:
-            process = stack.enter_context(_process([*command, INIT], environ, self._files / "console"))
+            process = stack.enter_context(namespaces.process([*command, INIT], environ, self._files / "console"))
             self.pid = process.pid
             self.network.ip(f"link add {self._link} type veth peer name eth0 netns {self.pid}")
             self.plug()
@@ -274,15 +276,8 @@ class SshHost:
 
     def processes(self) -> dict[int, str]:
         """Those that somebody has brought there, by process id here; with their command lines, without sshd's."""
-        ours = _namespace(_first_child(self.pid))
-        found = {}
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and _namespace(int(entry.name)) == ours:
-                with contextlib.suppress(OSError):
-                    command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-                    if command and not command.startswith(("tini ", "sshd: ", "/usr/sbin/sshd ")):
-                        found[int(entry.name)] = command
-        return found
+        there = namespaces.processes(namespaces.first_child(self.pid))
+        return {pid: command for pid, command in there.items() if not command.startswith(OWN)}
 
     def received(self) -> int:
         """Bytes that it has received, with all headers."""
@@ -292,9 +287,7 @@ class SshHost:
 
     def run(self, *command: str) -> str:
         """Run a command there, as root; returns its output."""
-        pid = _first_child(self.pid)
-        inside = ["nsenter", f"--target={pid}", "--net", "--mount", "--pid", "--uts", "--ipc", "--wd=/"]
-        return subprocess.run([*inside, "--", *command], capture_output=True, text=True, check=True).stdout
+        return namespaces.run(namespaces.first_child(self.pid), *command).stdout
 
     def configure(self, *lines: str) -> None:
         """Put lines before what sshd's configuration says."""
@@ -317,14 +310,40 @@ class SshHost:
         self.network.ip(f"link set {self._link} nomaster")
 
     @contextlib.contextmanager
+    def partition(self) -> Iterator[None]:
+        """For the block, its cable is out of the switch."""
+        self.unplug()
+        try:
+            yield
+        finally:
+            self.plug()
+
+    @contextlib.contextmanager
     def only_ssh(self) -> Iterator[None]:
         """A firewall drops what does not go to sshd."""
-        rule = ["INPUT", "-i", "eth0", "-p", "tcp", "--syn", "!", "--dport", str(self.port), "-j", "DROP"]
+        with self._firewall("INPUT", "-i", "eth0", "-p", "tcp", "--syn", "!", "--dport", str(self.port), "-j", "DROP"):
+            yield
+
+    @contextlib.contextmanager
+    def loss(self, percent: float) -> Iterator[None]:
+        """So many of the packets to it get lost, by chance, and so many of those from it."""
+        chance = ["-m", "statistic", "--mode", "random", "--probability", str(percent / 100), "-j", "DROP"]
+        with self._firewall("INPUT", "-i", "eth0", *chance), self._firewall("OUTPUT", "-o", "eth0", *chance):
+            yield
+
+    @contextlib.contextmanager
+    def _firewall(self, *rule: str) -> Iterator[None]:
         self.run("iptables", "-I", *rule)
         try:
             yield
         finally:
             self.run("iptables", "-D", *rule)
+
+    @contextlib.contextmanager
+    def limit(self, mbit: float) -> Iterator[None]:
+        """All that it sends and receives goes at `mbit` Mbit/s at most, each way."""
+        with namespaces.limited(mbit, (self._link, self.network.switch_pid), ("eth0", self.pid)):
+            yield
 
 
 def own_python() -> list[str]:
@@ -338,62 +357,3 @@ def make_key(file: Path, *options: str) -> None:
     """A new pair of keys: `file`, and with ``.pub``."""
     kind = [] if "-t" in options else ["-t", "ed25519"]
     subprocess.run(["ssh-keygen", "-q", *kind, "-N", "", "-C", "test", "-f", file, *options], check=True)
-
-
-def _claim(stack: contextlib.ExitStack) -> int:
-    """A number that no other process has at this time."""
-    for number in range(1, 255):
-        claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        try:
-            claim.bind(f"\0bigmachine-hosts-{number}")
-        except OSError:
-            claim.close()
-            continue
-        stack.enter_context(claim)
-        return number
-    raise RuntimeError("254 networks of hosts are in use")
-
-
-@contextlib.contextmanager
-def _process(
-    command: Sequence[str], environ: Mapping[str, str] | None = None, console: Path | None = None
-) -> Iterator[subprocess.Popen[str]]:
-    """A process that has said so when it is in its namespaces; it dies with this one, and at the end of the block."""
-    with contextlib.ExitStack() as stack:
-        log = subprocess.DEVNULL if console is None else stack.enter_context(open(console, "w"))
-        process = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", "--", *command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env=environ,
-            text=True,
-            start_new_session=True,
-        )
-        with process:
-            try:
-                assert process.stdout is not None
-                if process.stdout.readline() != "unshared\n":
-                    said = console.read_text() if console is not None else ""
-                    raise RuntimeError(f"no namespaces: {process.wait()}: {said}")
-                yield process
-            finally:
-                process.kill()
-
-
-def _ip(lines: str, pid: int | None = None) -> None:
-    where = [] if pid is None else ["nsenter", f"--net=/proc/{pid}/ns/net"]
-    done = subprocess.run([*where, "ip", "-batch", "-"], input=lines, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"ip: {done.stderr.strip()}: {lines!r}")
-
-
-def _first_child(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
-
-
-def _namespace(pid: int) -> str:
-    try:
-        return os.readlink(f"/proc/{pid}/ns/pid")
-    except OSError:
-        return ""
