@@ -35,6 +35,7 @@ KINDS = {
     "programs": "the code of packed programs that ran here",
     "images": "what machines on this host ran, as it would be sent to others",
     "builders": "the builders' own caches",
+    "ec2": "what AWS says about instance types and prices",
 }
 """What there is, for `bigmachine cache info`."""
 
@@ -44,7 +45,7 @@ STALE = 24 * 3600.0
 UNUSED = 30 * 24 * 3600.0
 """Seconds after which entries of `PASSING` kinds are removed: each edit of a program makes new ones."""
 
-PASSING = ("packed", "programs", "images")
+PASSING = ("packed", "programs", "images", "ec2")
 
 TAG = "CACHEDIR.TAG"
 """As backup programs know it: https://bford.info/cachedir/"""

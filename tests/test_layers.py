@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS: list[set[str]] = [
-    {"errors", "state", "info", "retry", "address"},
+    {"errors", "state", "info", "retry", "address", "settings"},
     {"rpc", "credentials", "authority", "cache", "bootstrap"},
     {"pack"},
     {"services", "system"},
@@ -57,6 +57,8 @@ _FILE = "a packed file is taken apart by its driver alone, and mostly not even t
 _SHIPS = "only for machines that have nothing of the program yet"
 _MISS = "http and much of pex: not for what was resolved before"
 _COMMAND = "each needs modules that take longer to load than the others take to run"
+_FLAGS = "driver, and what argparse makes of its flags, 6 ms: for the commands that have them"
+_SETTINGS = "for those who have such a file, or a mistake in it"
 
 IMPORTS_INSIDE_FUNCTIONS: dict[tuple[str, str, str], str] = {
     ("bigmachine.driver", "start", "bigmachine.supervisor.control"): _FORK,
@@ -83,6 +85,10 @@ IMPORTS_INSIDE_FUNCTIONS: dict[tuple[str, str, str], str] = {
     ("bigmachine.supervisor.service", "disk_info", "bigmachine.supervisor.vitals"): _VITALS,
     ("bigmachine.supervisor.service", "load_info", "bigmachine.supervisor.vitals"): _VITALS,
     ("bigmachine.cache", "default_root", "platformdirs"): "not needed where a variable names the cache",
+    ("bigmachine.settings", "user_file", "platformdirs"): "5 ms: not for workers, which do not have it",
+    ("bigmachine.settings", "read", "tomllib"): _SETTINGS,
+    ("bigmachine.settings", "_nearest", "difflib"): _SETTINGS,
+    ("bigmachine.driver", "_unknown", "difflib"): "for a flag that does not exist",
     ("bigmachine.program", "main", "bigmachine.pack.prelude"): _FILE,
     ("bigmachine.program", "_unpacked", "bigmachine.pack.prelude"): _FILE,
     ("bigmachine.program", "_in_cache", "bigmachine.pack.archive"): _FILE,
@@ -100,7 +106,12 @@ IMPORTS_INSIDE_FUNCTIONS: dict[tuple[str, str, str], str] = {
     ("bigmachine.cli", "_command", "bigmachine.cli.pack"): _COMMAND,
     ("bigmachine.cli", "_command", "bigmachine.cli.info"): _COMMAND,
     ("bigmachine.cli", "_command", "bigmachine.cli.cache"): _COMMAND,
+    ("bigmachine.cli", "_command", "bigmachine.cli.config"): _COMMAND,
+    ("bigmachine.cli", "_command", "bigmachine.cli.doctor"): _COMMAND,
+    ("bigmachine.cli", "_command", "bigmachine.cli.ps"): _COMMAND,
+    ("bigmachine.cli", "_command", "bigmachine.cli.gc"): _COMMAND,
     ("bigmachine.cli", "_command", "bigmachine.cli.completion"): _COMMAND,
+    ("bigmachine.cli.arguments", "_add_flags", "bigmachine.driver"): _FLAGS,
     ("bigmachine.cli.terminal", "progress", "bigmachine.cli.live"): "rich, 50 ms: only for terminals",
 }
 """(module, function, what it imports) → the reason. "It is slow" is one, where the process mostly does without."""
@@ -110,15 +121,17 @@ LONG_FUNCTIONS: dict[tuple[str, str], str] = {}
 
 MAX_LINES = 70
 
-DRIVER_ONLY = {
-    "cryptography": "bigmachine.authority",
-    "paramiko": "bigmachine.systems.ssh",
-    "platformdirs": "bigmachine.cache",
-    "packaging": "bigmachine.pack",
-    "rich": "bigmachine.cli",
-    "shtab": "bigmachine.cli",
+DRIVER_ONLY: dict[str, tuple[str, ...]] = {
+    "boto3": ("bigmachine.systems.ec2",),
+    "botocore": ("bigmachine.systems.ec2",),
+    "cryptography": ("bigmachine.authority",),
+    "paramiko": ("bigmachine.systems.ssh",),
+    "platformdirs": ("bigmachine.cache", "bigmachine.settings"),
+    "packaging": ("bigmachine.pack",),
+    "rich": ("bigmachine.cli",),
+    "shtab": ("bigmachine.cli",),
 }
-"""Distributions that workers do not have, and the one module, or package, that may import each."""
+"""Distributions that workers do not have, and the modules, or packages, that may import each."""
 
 LOADED_BY_WORKERS = ("bigmachine", "bigmachine.driver", "bigmachine.program", "bigmachine.worker", "bigmachine.supervisor")
 """What a worker imports (with all below the last): `DRIVER_ONLY` must not be reached from here at import time."""
@@ -255,10 +268,11 @@ def late_imports(package: dict[str, Module], allowed: Mapping[tuple[str, str, st
 def driver_only(package: dict[str, Module]) -> Iterator[str]:
     for module in package.values():
         for entry in module.imports:
-            owner = DRIVER_ONLY.get(entry.target.split(".")[0])
-            if owner is not None and not f"{module.name}.".startswith(f"{owner}."):
-                yield f"{module.name}:{entry.line} imports {entry.target}: only {owner} may, workers do not have it"
-    owners = {
+            owners = DRIVER_ONLY.get(entry.target.split(".")[0], ())
+            if owners and not f"{module.name}.".startswith(tuple(f"{owner}." for owner in owners)):
+                only = " and ".join(owners)
+                yield f"{module.name}:{entry.line} imports {entry.target}: only {only} may, workers do not have it"
+    importers = {
         module.name
         for module in package.values()
         for entry in module.imports
@@ -270,7 +284,7 @@ def driver_only(package: dict[str, Module]) -> Iterator[str]:
     ]
     while waiting:
         path = waiting.pop()
-        if path[-1] in owners:
+        if path[-1] in importers:
             yield f"a worker would import {' → '.join(path)}, which needs what workers do not have: import it where it is used"
         elif path[-1] not in seen:
             seen.add(path[-1])
