@@ -30,7 +30,7 @@ from .system import Launched
 LAUNCH, CONNECT, CHECK, EXEC, REGISTER, SETUP = "launch", "connect", "check", "exec", "register", "setup"
 
 DEADLINES: dict[str, float] = {
-    LAUNCH: 600.0,  # A cloud's instance takes minutes; a system that knows better ends it sooner.
+    LAUNCH: 1800.0,  # A cloud's instance takes minutes, as does a slow line; a system that knows better ends it sooner.
     CONNECT: 30.0,  # The supervisor is executing by now; a loaded host may take seconds.
     CHECK: 30.0,
     EXEC: 300.0,  # The program's imports, on a cold disk.

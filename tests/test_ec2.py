@@ -20,6 +20,7 @@ from hosts.ec2 import FakeEc2, unavailable
 
 from bigmachine import Machine, State
 from bigmachine.errors import BootError, Unreachable
+from bigmachine.keepalive import LEASE
 from bigmachine.system import Launcher
 from bigmachine.systems.ec2 import Ec2Launcher, booting
 from bigmachine.testing.conformance import Cluster, Conformance, eventually
@@ -327,6 +328,50 @@ def test_a_notice(cloud: FakeEc2) -> None:
         deadline = machine.call("Drained.deadline", timeout=WITHIN)
         assert deadline == machine.notice.deadline
         assert time.time() < deadline < time.time() + 20
+
+
+def test_packets_that_get_lost(cloud: FakeEc2) -> None:
+    """One in a hundred."""
+    with cloud.loss(1.0), session() as cluster:
+        (machine,) = running(cluster)
+        assert machine.call("Probe.echo", bytes(10_000_000), timeout=WITHIN) == bytes(10_000_000)
+        assert [machine.call("Probe.echo", n, timeout=WITHIN) for n in range(100)] == list(range(100))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "lease"),
+    [
+        (2.5, 12.0),  # Several keepalives are due in that time; TCP tries again half a second after it.
+        pytest.param(
+            20.0,
+            LEASE,
+            marks=pytest.mark.skipif(not os.environ.get("BIGMACHINE_SLOW"), reason="takes 30 s: BIGMACHINE_SLOW=1"),
+        ),
+    ],
+)
+def test_a_partition_shorter_than_the_lease_is_survived(cloud: FakeEc2, seconds: float, lease: float) -> None:
+    """What was called before and during it is answered after it."""
+    with session(lease=lease) as cluster:
+        (machine,) = running(cluster)
+        before = machine.submit("Probe.block")
+        assert machine.call("Probe.echo", 0) == 0
+        with cloud.partition(instance_of(machine, cloud)):
+            during = machine.submit("Probe.echo", 1)
+            time.sleep(seconds)  # So long takes the partition, which is what is tested.
+            assert not during.done()
+        assert during.result(WITHIN) == 1
+        assert not before.done()
+        assert machine.state is State.RUNNING
+
+
+def test_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeEc2((OURS,), size="3m") as small:
+        for name, value in small.environ().items():
+            monkeypatch.setenv(name, value)
+        with session() as cluster:
+            text = failure(cluster)
+        eventually(lambda: small.live() == [], "the end of the instance", GONE)
+    assert "no space left on " in text
 
 
 def test_a_partition_longer_than_the_lease(cloud: FakeEc2) -> None:

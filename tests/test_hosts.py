@@ -160,7 +160,7 @@ def test_the_router_lets_in_what_groups_allow_and_faults_come_first() -> None:
     open_port = vpc.Opening("tcp", (443, 443), ("0.0.0.0/0",))
     port = vpc.Port(7, "10.214.1.7", "10.215.1.7", [open_port], unplugged=True)
     inner = vpc.Port(8, "10.214.1.8", "", [vpc.Opening("-1", None, ("10.214.1.7/32",))], closed={22})
-    assert vpc.rules([port, inner], {80}).splitlines() == [
+    assert vpc.rules([port, inner], {80}, 1.5).splitlines() == [
         "*nat",
         "-A PREROUTING -d 10.215.1.7 -j DNAT --to-destination 10.214.1.7",
         "-A POSTROUTING -s 10.214.1.7 -m conntrack --ctorigdst 10.215.1.7/24 -j SNAT --to-source 10.215.1.7",
@@ -170,6 +170,7 @@ def test_the_router_lets_in_what_groups_allow_and_faults_come_first() -> None:
         "-A FORWARD -i p7 -j DROP",
         "-A FORWARD -o p7 -j DROP",
         "-A FORWARD -p tcp --syn --dport 80 -j DROP",
+        "-A FORWARD -m statistic --mode random --probability 0.0150 -j DROP",
         "-A FORWARD -o p8 -p tcp --syn --dport 22 -j DROP",
         "-A FORWARD -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT",
         "-A FORWARD -o uplink -j ACCEPT",

@@ -221,6 +221,9 @@ class Cloud:
     def unplug(self, id: str, unplugged: bool = True) -> None:
         self.vpc.unplug(self.running[id].port, unplugged)
 
+    def lose(self, percent: float) -> None:
+        self.vpc.lose(percent)
+
     def drop_port(self, number: int, id: str = "", dropped: bool = True) -> None:
         port = self.running[id].port if id else None
         closed = self.vpc.closed if port is None else port.closed
@@ -285,7 +288,7 @@ def main() -> None:
             sys.stdin.read()
 
 
-CLOUD = ("instances", "console", "kill", "unplug", "drop_port", "limit", "received", "interrupt", "rebalance")
+CLOUD = ("instances", "console", "kill", "unplug", "drop_port", "lose", "limit", "received", "interrupt", "rebalance")
 AMAZON = ("fail", "room", "image", "deny", "refuse", "quota", "eventual", "calls")
 """What tests may ask for, of each."""
 

@@ -221,6 +221,24 @@ class FakeEc2:
         self._ask("drop_port", number=number, id=id, dropped=dropped)
 
     @contextlib.contextmanager
+    def loss(self, percent: float) -> Iterator[None]:
+        """So many of all packets to and from instances get lost, each way."""
+        self._ask("lose", percent=percent)
+        try:
+            yield
+        finally:
+            self._ask("lose", percent=0)
+
+    @contextlib.contextmanager
+    def partition(self, id: str) -> Iterator[None]:
+        """It is unplugged while the block lasts."""
+        self.unplug(id)
+        try:
+            yield
+        finally:
+            self.plug(id)
+
+    @contextlib.contextmanager
     def limit(self, mbit: float) -> Iterator[None]:
         """This process and all instances share a line of `mbit` Mbit/s each way; instances among each other do not."""
         self._ask("limit", mbit=mbit)

@@ -59,6 +59,7 @@ class Vpc:
         self._ports: list[Port] = []
         self._next = FIRST
         self.closed: set[int] = set()
+        self._lost = 0.0
 
     def start(self, *, inside: bool) -> None:
         with contextlib.ExitStack() as stack:
@@ -156,6 +157,12 @@ class Vpc:
             closed.update(ports)
             self._enforce()
 
+    def lose(self, percent: float) -> None:
+        """So many of all packets get lost."""
+        with self._lock:
+            self._lost = percent
+            self._enforce()
+
     def limit(self, mbit: float) -> None:
         """All that goes in or out shares a line of `mbit` Mbit/s each way; 0: of any."""
         namespaces.rate(self.link, mbit)
@@ -163,14 +170,14 @@ class Vpc:
 
     def _enforce(self) -> None:
         with self._lock:  # Until it is in place: an older table must not follow a newer one.
-            table = rules(self._ports, self.closed)
+            table = rules(self._ports, self.closed, self._lost)
             command = [*namespaces.inside(self.router), "iptables-restore"]
             done = subprocess.run(command, input=table, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"iptables-restore: {done.stderr.strip()}: {table}")
 
 
-def rules(ports: Sequence[Port], closed: Iterable[int] = ()) -> str:
+def rules(ports: Sequence[Port], closed: Iterable[int] = (), lost: float = 0.0) -> str:
     """What iptables-restore is told."""
     nat = [f"-A PREROUTING -d {port.public} -j DNAT --to-destination {port.private}" for port in ports if port.public]
     # Whoever asks for a public address comes from one, as through AWS's gateway; also who asks for his own.
@@ -181,6 +188,8 @@ def rules(ports: Sequence[Port], closed: Iterable[int] = ()) -> str:
     ]
     faults = [f"-A FORWARD {side} {port.link} -j DROP" for port in ports if port.unplugged for side in ("-i", "-o")]
     faults += [f"-A FORWARD -p tcp --syn --dport {number} -j DROP" for number in sorted(closed)]
+    if lost:
+        faults.append(f"-A FORWARD -m statistic --mode random --probability {lost / 100:.4f} -j DROP")
     for port in ports:
         faults += [f"-A FORWARD -o {port.link} -p tcp --syn --dport {number} -j DROP" for number in sorted(port.closed)]
     usual = ["-A FORWARD -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT", "-A FORWARD -o uplink -j ACCEPT"]
