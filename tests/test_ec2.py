@@ -24,6 +24,7 @@ from bigmachine.keepalive import LEASE
 from bigmachine.system import Launcher
 from bigmachine.systems.ec2 import Ec2Launcher, booting
 from bigmachine.testing.conformance import Cluster, Conformance, eventually
+from bigmachine.testing.services import Probe
 
 if unavailable():
     pytest.skip(unavailable(), allow_module_level=True)
@@ -351,16 +352,21 @@ def test_packets_that_get_lost(cloud: FakeEc2) -> None:
 )
 def test_a_partition_shorter_than_the_lease_is_survived(cloud: FakeEc2, seconds: float, lease: float) -> None:
     """What was called before and during it is answered after it."""
+
+    class Sleeper:
+        def sleep(self, seconds: float) -> float:
+            time.sleep(seconds)
+            return seconds
+
     with session(lease=lease) as cluster:
-        (machine,) = running(cluster)
-        before = machine.submit("Probe.block")
-        assert machine.call("Probe.echo", 0) == 0
+        (machine,) = running(cluster, services={"Probe": Probe(), "Sleeper": Sleeper()})
+        before = machine.submit("Sleeper.sleep", seconds / 2)
         with cloud.partition(instance_of(machine, cloud)):
             during = machine.submit("Probe.echo", 1)
             time.sleep(seconds)  # So long takes the partition, which is what is tested.
-            assert not during.done()
+            assert not before.done()
         assert during.result(WITHIN) == 1
-        assert not before.done()
+        assert before.result(WITHIN) == seconds / 2
         assert machine.state is State.RUNNING
 
 
