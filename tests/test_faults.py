@@ -664,7 +664,7 @@ def test_a_supervisor_that_does_not_answer_is_given_up(leased: tuple[Machine, ..
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not os.environ.get("BIGMACHINE_SLOW"), reason="takes 60 s: BIGMACHINE_SLOW=1 -o faulthandler_timeout=90"
+    not os.environ.get("BIGMACHINE_SLOW"), reason="takes 60 s: BIGMACHINE_SLOW=1"
 )
 def test_a_service_that_holds_the_interpreter_lock_for_a_minute() -> None:
     cluster = Cluster(LocalLauncher(), lease=10.0)
