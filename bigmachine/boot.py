@@ -81,7 +81,7 @@ class Boot:
         begun = time.monotonic()
         try:
             self._enter(LAUNCH)
-            place = self.launched.result(DEADLINES[LAUNCH])
+            place = self._launched()
             machine.located(place.host, place.port, place.maxprocs)
             self._enter(CONNECT)
             machine.supervisor.connection(DEADLINES[CONNECT])
@@ -102,6 +102,14 @@ class Boot:
         self._enter("")
         if failure is not None:
             raise decode_failure(failure, method="setup", address=machine.addr, codec=self.decode)
+
+    def _launched(self) -> Launched:
+        try:
+            return self.launched.result(DEADLINES[LAUNCH])
+        except TimeoutError:
+            if self.launched.done():
+                raise
+            raise TimeoutError(f"it took more than {DEADLINES[LAUNCH]:g} s") from None
 
     def _enter(self, step: str) -> None:
         now = time.monotonic()

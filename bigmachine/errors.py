@@ -128,7 +128,9 @@ class MachineStopped(Unreachable):
     """The machine at ``address`` has stopped: ``reason``. Try again on another machine."""
 
     def __str__(self) -> str:
-        return f"machine {self.address} stopped: {self.reason}"
+        whose = f"machine {self.address} "
+        # A `BootError` has said already whose it is.
+        return self.reason if self.reason.startswith(whose) else f"{whose}stopped: {self.reason}"
 
 
 class CallTimeout(BigmachineError, TimeoutError):

@@ -137,7 +137,11 @@ def _launch(fleet: Fleet, program: Program, owned: Sequence[Owned]) -> None:
             each.lost(error)
         return
     for each, future in zip(wanted, futures, strict=True):
-        each.boot(future)
+        try:
+            each.boot(future)
+        except Exception as error:  # No thread for it, most likely; the others are not to hang.
+            each.ordered.set()
+            each.lost(error)
 
 
 class Owned:

@@ -7,6 +7,7 @@ import random
 import shutil
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -392,6 +393,22 @@ def test_it_does_not_wait_for_ever(file: Path, tmp_path: Path, cache: Cache, mon
     monkeypatch.setattr(deliver, "HOLD", 0.2)
     with AgentProcess(TRUST, tmp_path / "1", "m-1") as agent:
         delivery = Delivery(file, 2, cache)
+        assert deliver_all(delivery, file, [agent]) == []
+        delivery.close()
+
+
+def test_an_agent_that_waits_long_stays(file: Path, tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than agents do without a driver: while others are sent to, or something large is compressed."""
+    path = deliver._Compressed.path
+
+    def slow(self: Any, part: Any) -> Path:
+        time.sleep(1.5)
+        return path(self, part)
+
+    monkeypatch.setattr(deliver, "STAY", 0.2)
+    monkeypatch.setattr(deliver._Compressed, "path", slow)
+    with AgentProcess(TRUST, tmp_path / "1", "m-1", idle=0.8) as agent:
+        delivery = Delivery(file, 1, cache)
         assert deliver_all(delivery, file, [agent]) == []
         delivery.close()
 

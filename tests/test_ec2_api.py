@@ -117,6 +117,7 @@ class Server:
     def __init__(self, *errors: tuple[int, str]) -> None:
         left = list(errors)
         self.calls = 0
+        self.page = ""
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -125,6 +126,7 @@ class Server:
                 self.rfile.read(int(self.headers["Content-Length"]))
                 status, code = left.pop(0) if left else (200, "")
                 body = f"<Response><Errors><Error><Code>{code}</Code><Message>no</Message></Error></Errors></Response>"
+                body = server.page or body
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
@@ -168,3 +170,13 @@ def test_who_is_asked_to_slow_down_does(monkeypatch: pytest.MonkeyPatch) -> None
         Api(Where(), sleep=slept.append).call("ec2", "RunInstances", **LAUNCH)
         assert server.calls == 5
     assert slept == [1.0, 2.0]  # botocore itself tries twice each time.
+
+
+def test_somebody_else_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The login page of a network: what it says is of no interest."""
+    with answering(monkeypatch) as server:
+        server.page = "<!doctype html><title>Welcome</title><p>log in"
+        with pytest.raises(Ec2Error) as caught:
+            Api(Where()).call("ec2", "DescribeInstances")
+    assert caught.value.code == "ResponseParserError"
+    assert "what answered is not AWS's API (ResponseParserError); does a proxy" in str(caught.value)

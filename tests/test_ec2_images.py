@@ -12,6 +12,7 @@ from moto_cloud import moto_server
 
 from bigmachine.errors import UsageError
 from bigmachine.pack.platforms import PYTHONS
+from bigmachine.systems.ec2 import network
 from bigmachine.systems.ec2.api import Api, Ec2Error
 from bigmachine.systems.ec2.images import IMAGES, find_image, flavour_for
 from bigmachine.systems.ec2.network import ANYWHERE, Subnet, closed, find_group, find_network, find_subnets, own_group
@@ -144,6 +145,25 @@ def test_another_driver_makes_the_group_at_the_same_time() -> None:
     answers.append([])
     with pytest.raises(Ec2Error, match="allow ec2:Create"):
         own_group(api, "vpc-1", 443, {})
+
+
+def test_a_group_that_aws_does_not_know_everywhere_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "PAUSES", (0.0, 0.0))
+
+    def open_port(**_: Any) -> dict[str, Any]:
+        if len(api.made("AuthorizeSecurityGroupIngress")) < 3:
+            raise Ec2Error("ec2:AuthorizeSecurityGroupIngress", "InvalidGroup.NotFound", "no such group")
+        return {}
+
+    api = Scripted(
+        {
+            "DescribeSecurityGroups": lambda **_: {"SecurityGroups": []},
+            "CreateSecurityGroup": lambda **_: {"GroupId": "sg-1"},
+            "AuthorizeSecurityGroupIngress": open_port,
+        }
+    )
+    assert own_group(api, "vpc-1", 443, {}) == "sg-1"
+    assert len(api.made("AuthorizeSecurityGroupIngress")) == 2 + len(ANYWHERE)
 
 
 @pytest.mark.parametrize(

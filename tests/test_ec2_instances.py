@@ -102,6 +102,7 @@ def test_a_process_that_only_waits_to_be_reaped_does_not_run() -> None:
 
 def test_another_process_with_the_same_id_is_another() -> None:
     assert is_running(f"here:{os.getpid()}:1@{drivers.process_table()}") is False
+    assert is_running(naming.value(f"here:{os.getpid()}:?@{drivers.process_table()}")) is None
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from amazon import Scripted
 
+from bigmachine.systems.ec2 import launching
 from bigmachine.systems.ec2.api import Ec2Error
 from bigmachine.systems.ec2.images import Image
 from bigmachine.systems.ec2.launching import (
@@ -133,7 +134,8 @@ def test_nothing_anywhere() -> None:
         aws.place(3, ["spot"])
     assert len(aws.got) == 1, "what there is is used"
     text = str(caught.value)
-    assert text.startswith("2 of 3 instances not to be had: spot m7i.large in us-east-1b: InsufficientInstanceCapacity; ")
+    tried = "spot m7i.large in us-east-1b, us-east-1c: InsufficientInstanceCapacity"
+    assert text.startswith(f"2 of 3 instances not to be had: {tried}; ")
     assert "leave out -bigm.ec2spotonly" in text
     with pytest.raises(NoCapacity, match=r"no instance to be had: .* use another region: -bigm\.ec2region"):
         Aws({}).place(1)
@@ -300,6 +302,32 @@ def test_one_attempt_with_several_types() -> None:
     ]
     assert [error.code for error in errors] == ["InsufficientInstanceCapacity"]
     assert api.made("DeleteLaunchTemplate") == [{"LaunchTemplateId": "lt-1"}]
+
+
+@pytest.mark.parametrize("raised", [True, False])
+def test_a_template_that_aws_does_not_know_yet(raised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has just been made."""
+    monkeypatch.setattr(launching, "PAUSES", (0.0, 0.0))
+    code = "InvalidLaunchTemplateId.NotFound"
+
+    def fleet(**_: Any) -> dict[str, Any]:
+        if len(api.made("CreateFleet")) == 3:
+            return {"Instances": [{"InstanceIds": ["i-1"], "InstanceType": "m6i.large"}], "Errors": []}
+        if raised:
+            raise Ec2Error("ec2:CreateFleet", code, "no such template")
+        return {"Instances": [], "Errors": [{"ErrorCode": code, "ErrorMessage": "no such template"}]}
+
+    api = Scripted(
+        {
+            "CreateLaunchTemplate": lambda **_: {"LaunchTemplate": {"LaunchTemplateId": "lt-1"}},
+            "CreateFleet": fleet,
+            "DeleteLaunchTemplate": lambda **_: {},
+        }
+    )
+    placed, errors = launch(api, wanted([LARGE, OTHER]), Attempt("spot", ("m7i.large", "m6i.large"), (A, B)), 1)
+    assert [each.id for each in placed] == ["i-1"]
+    assert errors == []
+    assert len({request["ClientToken"] for request in api.made("CreateFleet")}) == 3
 
 
 def test_the_template_goes_whatever_happens() -> None:

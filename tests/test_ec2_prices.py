@@ -133,6 +133,17 @@ def test_prices_that_take_too_long_are_not_waited_for() -> None:
         go_on.set()
 
 
+def test_prices_when_there_are_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.12 starts none in `atexit`, when a program without ``with`` ends its session."""
+
+    def none(_: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", none)
+    kind = ("m7i.large", ON_DEMAND, "a")
+    assert prices.hourly_prices(FakeApi(GetProducts=a_list({"Hrs": "0.5"})), [kind]) == {kind: 0.5}
+
+
 # -- What a session has cost ---------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import queue
 import threading
@@ -330,6 +331,19 @@ def test_one_that_aws_does_not_know_does_not_keep_the_others(
     assert [request["InstanceIds"] for request in aws.made("TerminateInstances")] == [["i-1"], ["i-2"]]
 
 
+def test_nor_does_one_that_may_not_be_ended(launcher: Ec2Launcher, aws: Aws, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(operation: str, parameters: dict[str, Any]) -> None:
+        if operation == "TerminateInstances" and "i-unknown" in parameters["InstanceIds"]:
+            raise Ec2Error("ec2:TerminateInstances", "InvalidInstanceID.NotFound", "no")
+        if operation == "TerminateInstances" and "i-1" in parameters["InstanceIds"]:
+            raise Ec2Error("ec2:TerminateInstances", "OperationNotPermitted", "it is protected")
+
+    aws.refuse = refuse
+    monkeypatch.setattr(upkeep, "PAUSES", (0.0,))
+    launcher._upkeep.end(["i-1", "i-unknown", "i-2"])
+    assert aws.made("TerminateInstances") == [{"InstanceIds": ["i-2"]}]
+
+
 def test_an_end_that_is_refused_is_said(launcher: Ec2Launcher, aws: Aws, capsys: pytest.CaptureFixture[str]) -> None:
     def refuse(operation: str, parameters: dict[str, Any]) -> None:
         raise Ec2Error("ec2:TerminateInstances", "UnauthorizedOperation", "You may not")
@@ -337,6 +351,91 @@ def test_an_end_that_is_refused_is_said(launcher: Ec2Launcher, aws: Aws, capsys:
     aws.refuse = refuse
     launcher._upkeep.end(["i-1"])
     assert "could not be terminated: i-1: ec2:TerminateInstances: You may not" in capsys.readouterr().err
+
+
+def test_an_end_that_failed_is_tried_again_in_the_end(launcher: Ec2Launcher, aws: Aws, file: Path) -> None:
+    launcher.launch(orders(file, 2))
+    placed(launcher, 2)
+
+    def refuse(operation: str, parameters: dict[str, Any]) -> None:
+        if operation == "TerminateInstances":
+            raise Ec2Error("ec2:TerminateInstances", "EndpointConnectionError", "no network")
+
+    aws.refuse = refuse
+    launcher.stop("m-000000", 0.0)
+    launcher.stop("m-000001", 0.0)
+    aws.refuse = lambda *_: None
+    launcher.close()
+    assert aws.made("TerminateInstances") == [{"InstanceIds": ["i-1", "i-2"]}]
+
+
+def test_a_start_that_takes_long_says_what_it_waits_for(
+    launcher: Ec2Launcher, aws: Aws, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: queue.Queue[str] = queue.Queue()
+    monkeypatch.setattr(booting, "PATIENCE", 0.2)
+    monkeypatch.setattr(system, "report", lambda machines: booting.report(machines, said.put))
+    futures = launcher.launch(orders(file, 2))
+    while "at step 'agent'" not in (text := said.get(timeout=SOON)):
+        pass
+    assert "2 of 2 not started yet: waiting for i-1 (spot m7i.large in us-east-1a), at step 'agent', and 1 more" in text
+    hold.set()
+    for future in futures:
+        with pytest.raises(RemoteHostError):
+            future.result(SOON)
+
+
+def test_nothing_is_launched_after_the_end(launcher: Ec2Launcher, aws: Aws, file: Path) -> None:
+    """The session ended while orders were on their way: their machines are not known yet to be stopped."""
+    launcher.close()
+    with pytest.raises(RemoteHostError, match="ended while it started"):
+        launcher.launch(orders(file, 2))
+    assert aws.made("RunInstances") == []
+
+
+def test_instances_that_come_when_there_are_no_more_threads_are_ended(
+    launcher: Ec2Launcher, aws: Aws, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.12 starts none in `atexit`, when a program without ``with`` ends its session."""
+    begun, go = threading.Event(), threading.Event()
+
+    def run(**_: Any) -> dict[str, Any]:
+        begun.set()
+        assert go.wait(SOON)
+        return {"Instances": [{"InstanceId": "i-1"}, {"InstanceId": "i-2"}]}
+
+    aws.answers["RunInstances"] = run
+    futures = launcher.launch(orders(file, 2))
+    assert begun.wait(SOON)
+    launcher.stop("m-000000", 0.0)
+
+    def none(_: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", none)
+    go.set()
+    launcher.close()
+    ended = {id for request in aws.made("TerminateInstances") for id in request["InstanceIds"]}
+    assert ended == {"i-1", "i-2"}
+    for future in futures:
+        assert future.exception(SOON) is not None
+
+
+def test_instances_of_a_launch_whose_answer_was_lost_are_ended(launcher: Ec2Launcher, aws: Aws, file: Path) -> None:
+    def run(TagSpecifications: Any, **_: Any) -> dict[str, Any]:
+        tags = TagSpecifications[0]["Tags"]
+        others = [{**tag, "Value": "s-other"} if tag["Key"] == naming.SESSION else tag for tag in tags]
+        entry = {"LaunchTime": datetime.datetime.now(datetime.UTC), "State": {"Name": "running"}}
+        made = [{**entry, "InstanceId": "i-1", "Tags": tags}, {**entry, "InstanceId": "i-2", "Tags": others}]
+        aws.answers["DescribeInstances"] = lambda **_: {"Reservations": [{"Instances": made}]}
+        raise Ec2Error("ec2:RunInstances", "ReadTimeoutError", "no answer")
+
+    aws.answers["RunInstances"] = run
+    (future,) = launcher.launch(orders(file))
+    with pytest.raises(Ec2Error, match="no answer"):
+        future.result(SOON)
+    launcher.close()
+    assert aws.made("TerminateInstances") == [{"InstanceIds": ["i-1"]}]
 
 
 def test_tags_are_renewed_and_a_refusal_is_said_once(

@@ -89,6 +89,14 @@ def test_without_spot_and_without_anything_else() -> None:
     assert not InstanceType.parse(entry(SupportedUsageClasses=["on-demand"])).spot
 
 
+def test_disks_that_are_not_nvme_are_none() -> None:
+    """Those of older types are only there where they are mapped, and have other names."""
+    disks = [{"SizeInGB": 32, "Count": 2, "Type": "ssd"}]
+    for support, found in (("unsupported", (0, 0)), ("required", (2, 64)), ("supported", (2, 64))):
+        store = {"TotalSizeInGB": 64, "Disks": disks, "NvmeSupport": support}
+        assert InstanceType.parse(entry(InstanceStorageInfo=store)).nvme == found
+
+
 def test_one_architecture() -> None:
     arm = InstanceType.parse(entry("m7g.large", ProcessorInfo={"SupportedArchitectures": ["arm64"]}))
     assert architecture([arm]) == "arm64"

@@ -117,6 +117,27 @@ def test_waiting_for_an_address(aws: Aws, watch: Watch) -> None:
     assert watch.wait("i-1", lambda seen: False, 0.0) == RUNNING
 
 
+def test_a_slow_answer_says_nothing_of_those_that_came_meanwhile() -> None:
+    """AWS was not asked for the second, and asked for the first when it was young."""
+    now, ended = [100.0], []
+    looks = [threading.Event() for _ in range(3)]
+    count = iter(range(3))
+
+    def look(ids: Sequence[str]) -> Mapping[str, Seen]:
+        number = next(count, 2)
+        if number == 0:
+            watch.add("i-2", ended.append)
+            now[0] += 10 * NEW
+        looks[number].set()
+        return {"i-1": RUNNING, "i-2": Seen("i-2", "running")} if number else {}
+
+    watch = Watch(look, clock=lambda: now[0])
+    watch.add("i-1", ended.append)
+    assert looks[1].wait(SOON)
+    watch.close()
+    assert ended == []
+
+
 def test_that_aws_cannot_be_asked_says_nothing(aws: Aws, watch: Watch) -> None:
     trouble = Ec2Error("ec2:DescribeInstances", "RequestLimitExceeded", "slow down")
     watch.add("i-1", lambda _: pytest.fail("an end"))
@@ -177,3 +198,51 @@ def test_a_failure_is_everybody_s_and_the_next_round_is_another() -> None:
         batch.add(["i-1"])
     batch.add(["i-1"])
     assert acted == [["i-1"], ["i-1"]]
+
+
+def test_who_is_interrupted_takes_no_other_with_him() -> None:
+    """Ctrl-C in the main thread, in a call that it makes for others, too."""
+    begun, go = threading.Event(), threading.Event()
+    acted: list[Sequence[str]] = []
+
+    def act(ids: Sequence[str]) -> None:
+        if not begun.is_set():
+            begun.set()
+            go.wait(SOON)
+            raise KeyboardInterrupt
+        acted.append(ids)
+
+    batch = Batch(act, collect=0.2)
+
+    def first() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            batch.add(["i-1"])
+
+    threads = [threading.Thread(target=first), threading.Thread(target=batch.add, args=(["i-2"],))]
+    for thread in threads:
+        thread.start()
+    assert begun.wait(SOON)
+    go.set()
+    for thread in threads:
+        thread.join(SOON)
+        assert not thread.is_alive()
+    assert any("i-2" in ids for ids in acted)
+
+
+def test_who_is_interrupted_while_collecting_blocks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    acted: list[Sequence[str]] = []
+    batch = Batch(acted.append, collect=0.0)
+
+    class Interrupted:
+        def wait(self, _: float) -> None:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bigmachine.systems.ec2.batches.threading.Event", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            batch.add(["i-1"])
+    later = threading.Thread(target=batch.add, args=(["i-2"],), daemon=True)
+    later.start()
+    later.join(SOON)
+    assert not later.is_alive()
+    assert acted == [["i-2"]]

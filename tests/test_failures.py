@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import pytest
 
 import bigmachine.rpc
-from bigmachine.errors import MachineStopped, NotPicklable, RemoteError, RemoteTraceback
+from bigmachine.errors import BootError, MachineStopped, NotPicklable, RemoteError, RemoteTraceback
 from bigmachine.rpc import failures
 from bigmachine.rpc.codec import Codec
 from bigmachine.rpc.failures import decode_failure, encode_failure, reduce_failure
@@ -539,3 +539,10 @@ def test_a_failure_can_be_reduced(limit: int) -> None:
         assert type(back) is (ValueError if message == "short" and not length else RemoteError)
         assert back.__notes__[-1] == NOTE
         assert remote_text(back)
+
+
+def test_a_machine_that_never_started_says_so_once() -> None:
+    """The reason of its end is a `BootError`, whose text has the machine already."""
+    failed = BootError("m-1", "launch", 1.0, "no room")
+    assert str(MachineStopped("m-1", str(failed))) == "machine m-1 failed at boot step 'launch' after 1.0 s: no room"
+    assert str(MachineStopped("m-1", "it was shut down")) == "machine m-1 stopped: it was shut down"

@@ -6,6 +6,7 @@ import base64
 import getpass
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from bigmachine import settings
 from bigmachine.errors import UsageError
 from bigmachine.settings import load
-from bigmachine.systems.ssh import SshLauncher
+from bigmachine.systems.ssh import SshLauncher, remote
 from bigmachine.systems.ssh.config import Config, host_names
 from bigmachine.systems.ssh.known import HostKey, known, place
 from bigmachine.systems.ssh.settings import Settings
@@ -266,3 +267,25 @@ def test_a_launcher_leaves_alone_what_is_not_its_own(tmp_path: Path) -> None:
     assert launcher.console("m-unknown") == ""
     launcher.close()
     launcher.close()
+
+
+class NoChannel:
+    """Of a connection at which nothing happens."""
+
+    def __init__(self) -> None:
+        self.closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_a_machine_is_killed_when_there_are_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.12 starts none in `atexit`, when a program without ``with`` ends its session."""
+
+    def none(_: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    channel = NoChannel()
+    monkeypatch.setattr(threading.Thread, "start", none)
+    with remote._closed_after(channel, 1.0):  # type: ignore[arg-type]
+        assert channel.closed == 0

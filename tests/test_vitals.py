@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+import pytest
 
 from bigmachine.supervisor.vitals import disk_info, load_info, mem_info
 
@@ -38,6 +41,17 @@ def test_disk_of_a_path(tmp_path: Path) -> None:
 
 def test_disk_of_temporary_files() -> None:
     assert os.path.isdir(disk_info().path)
+
+
+def test_a_disk_that_is_full(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def gettempdir() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", gettempdir)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert disk_info().path == str(tmp_path)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
+    assert disk_info().total > 0
 
 
 def test_load() -> None:

@@ -102,11 +102,13 @@ class Supervisor:
             self._ended.wait(grace + 10.0)
             return
         self.reason = reason
-        if orphan:
-            self._alone = True
-            self._workers.discard()
-        self._workers.stop(grace)
-        self._ended.set()
+        try:
+            if orphan:
+                self._alone = True
+                self._workers.discard()
+            self._workers.stop(grace)
+        finally:  # Nobody looks at the lease any more: whatever was in the way, the host must end.
+            self._ended.set()
 
     def kill(self) -> None:
         """As a power cut would: for the test system."""

@@ -40,9 +40,16 @@ def _held_by(pid: int) -> int:
 
 def disk_info(path: str | None = None) -> DiskInfo:
     """The file system that holds `path`, by default the one of temporary files."""
-    path = path or tempfile.gettempdir()
+    path = path or _temporary()
     usage = psutil.disk_usage(path)
     return DiskInfo(total=usage.total, free=usage.free, used=usage.used, used_percent=usage.percent, path=path)
+
+
+def _temporary() -> str:
+    try:
+        return tempfile.gettempdir()
+    except FileNotFoundError:  # It tries to write, and nothing can be written: just then somebody asks.
+        return next((path for path in (os.environ.get("TMPDIR", ""), "/tmp") if os.path.isdir(path)), os.sep)
 
 
 def load_info() -> LoadInfo:

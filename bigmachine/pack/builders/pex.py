@@ -74,7 +74,7 @@ class Pex:
         arguments = ["--pre-resolved-dists", str(links), "--no-build", *complete, "--entry-point", ENTRY]
         arguments += ["--venv", "--sh-boot", "--no-pre-install-wheels", "--runtime-pex-root", ROOT, "-o", str(output)]
         requirements = sorted({f"{wheel.name}=={wheel.version}" for wheel in every.values()})
-        run_tool("pex", [*arguments, *_marked(requirements, wheels)], {"PEX_ROOT": str(root)})
+        run_tool("pex", [*arguments, *_marked(requirements, wheels)], {"PEX_ROOT": str(root)}, folder)
         return _constrain(output, platforms[0].python)
 
     def place(self, wheel: Wheel) -> str:

@@ -51,7 +51,7 @@ class Shiv:
         parts.install([str(path) for path in unpacked], str(folder / SITE))
         output = folder / "built.pyz"
         arguments = ["--site-packages", str(folder / SITE), "--entry-point", ENTRY, "--reproducible", "-o", str(output)]
-        run_tool("shiv", arguments, {})
+        run_tool("shiv", arguments, {}, folder)
         return Built(output)
 
     def place(self, wheel: Wheel) -> str:

@@ -24,6 +24,7 @@ import boto3
 from botocore import xform_name
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from botocore.parsers import ResponseParserError
 
 from ...errors import BigmachineError
 from ...info import VERSION
@@ -88,6 +89,8 @@ REMEDIES: Mapping[str, str] = {
     "InvalidRegionError": "a region looks like us-east-1: -bigm.ec2region",
     "EndpointConnectionError": "is there a network, and does the region (-bigm.ec2region) exist?",
     "ConnectTimeoutError": "is there a network that lets HTTPS out?",
+    "ResponseParserError": "does a proxy, or the login page of a network, answer in AWS's place?",
+    "SSLError": "does a proxy answer in AWS's place? AWS_CA_BUNDLE names the certificates to trust",
     "SSOTokenLoadError": _LOGIN,
     "UnauthorizedSSOTokenError": _LOGIN,
     "TokenRetrievalError": _LOGIN,
@@ -203,7 +206,7 @@ class Api:
             try:
                 answer: dict[str, Any] = method(**parameters)
                 return answer
-            except (ClientError, BotoCoreError) as error:
+            except (ClientError, BotoCoreError, ResponseParserError) as error:
                 translated = _translated(f"{service}:{operation}", error, where)
                 if translated.code not in SLOW_DOWN or (pause := next(pauses, None)) is None:
                     raise translated from error
@@ -251,6 +254,8 @@ def _translated(operation: str, error: Exception, region: str) -> Ec2Error:
     if isinstance(error, ClientError):
         told = error.response.get("Error", {})
         return Ec2Error(operation, str(told.get("Code", "Unknown")), _line(told.get("Message") or "no reason given"), region)
+    if isinstance(error, ResponseParserError):  # Its own text has all that was answered, pages of HTML.
+        return Ec2Error(operation, "ResponseParserError", "what answered is not AWS's API", region)
     return Ec2Error(operation, type(error).__name__, _line(str(error)), region)
 
 

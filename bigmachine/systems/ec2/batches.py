@@ -14,7 +14,7 @@ COLLECT = 0.05
 @dataclass
 class _Round:
     ids: list[str] = field(default_factory=list)
-    done: Future[None] = field(default_factory=Future)
+    done: Future[bool] = field(default_factory=Future)
 
 
 class Batch:
@@ -28,17 +28,32 @@ class Batch:
 
     def add(self, ids: Sequence[str]) -> None:
         """Returns when it was done for these; what `act` raises is raised for all who are in it."""
+        while not self._added(ids):
+            pass  # The user has interrupted whoever did it for all: the others do it again.
+
+    def _added(self, ids: Sequence[str]) -> bool:
         with self._lock:
             first = self._round is None
             mine = self._round = self._round or _Round()
             mine.ids.extend(ids)
-        if first:
+        if not first:
+            return mine.done.result()
+        try:
             threading.Event().wait(self._collect)
-            with self._lock:
+            self._close(mine)
+            self._act(list(dict.fromkeys(mine.ids)))
+        except Exception as error:
+            mine.done.set_exception(error)
+            raise
+        except BaseException:  # Ctrl-C, in the main thread.
+            self._close(mine)
+            mine.done.set_result(False)
+            raise
+        mine.done.set_result(True)
+        return True
+
+    def _close(self, mine: _Round) -> None:
+        """Nobody joins it any more."""
+        with self._lock:
+            if self._round is mine:
                 self._round = None
-            try:
-                self._act(list(dict.fromkeys(mine.ids)))
-                mine.done.set_result(None)
-            except BaseException as error:
-                mine.done.set_exception(error)
-        mine.done.result()

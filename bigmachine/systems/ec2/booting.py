@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 
 from ...info import Step, python_version
@@ -17,7 +17,7 @@ from ..remote.deliver import Delivery
 from .arrival import Found, agent_said, boot_steps, name, no_address, reach, unreachable
 from .launching import Placed
 from .settings import Settings
-from .upkeep import Upkeep
+from .upkeep import Upkeep, say
 from .watch import Seen, Watch
 
 PENDING_WITHIN = 180.0
@@ -31,6 +31,9 @@ ANSWER_WITHIN = 15.0
 
 NEWS = 3.0
 """Seconds that AWS is given to say that an instance has ended, when its agent has become unreachable."""
+
+PATIENCE = 30.0
+"""Seconds after which a user wants to know what a start waits for; and again after twice as many, and so on."""
 
 UNWANTED = "the machine was ended while it started"
 
@@ -73,6 +76,14 @@ class Machine:
     def wanted(self) -> bool:
         """Whether it is to go on."""
         return not self._stopping and not self.reason
+
+    @property
+    def doing(self) -> str:
+        """What its start waits for; empty where that is over."""
+        if self.launched.done():
+            return ""
+        placed = self.placed
+        return "AWS to give an instance" if placed is None else f"{name(placed)}, at step {self._step!r}"
 
     # -- Birth -----------------------------------------------------------------------------------------------------------
 
@@ -180,6 +191,7 @@ class Machine:
             error = RemoteHostError(name(self.placed), reason)
         if not self._steps:
             self._steps = self._until_now()
+        self._site.upkeep.owe([self.placed.id])  # Before anybody knows: that may end the session, and the program.
         self.launched.set_exception(error)
         self.end(str(error))
         self._tell()
@@ -246,3 +258,15 @@ class Machine:
     def timeline(self) -> list[Step]:
         """See `system.Launcher`."""
         return [*self._steps, *self._delivery.steps(self.order.id)]
+
+
+def report(machines: Sequence[Machine], tell: Callable[[str], None] = say) -> None:
+    """Tell what `machines` wait for, from time to time, until none does."""
+    began, pause = time.monotonic(), PATIENCE
+    while wait([each.launched for each in machines], pause).not_done:
+        doing = [what for each in machines if (what := each.doing)]
+        if doing:
+            more = f", and {len(doing) - 1} more" if len(doing) > 1 else ""
+            after = f"after {time.monotonic() - began:.0f} s"
+            tell(f"{after}, {len(doing)} of {len(machines)} not started yet: waiting for {doing[0]}{more}")
+        pause *= 2

@@ -200,7 +200,7 @@ def _subnets(it: _Examination) -> Iterator[Check]:
         fix = f"choose other types, -bigm.ec2type, or {there}"
         yield Check("zones", False, f"no subnet's zone offers {names}", fix)
     elif it.types and lacking:
-        yield Check("zones", None, f"{', '.join(lacking)} offer none of the types; the others do")
+        yield Check("zones", None, f"none of the types is offered in {', '.join(lacking)}; the others have them")
 
 
 def _zones(api: Calls, types: Sequence[str]) -> set[str]:

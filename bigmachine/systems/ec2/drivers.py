@@ -53,7 +53,7 @@ def parse(mark: str) -> Driver | None:
 def is_running(mark: str) -> bool | None:
     """Whether the driver with this mark runs; None where this process cannot know."""
     driver = parse(mark)
-    if driver is None or driver.pid <= 0 or driver.start in ("", "?") or not driver.table:
+    if driver is None or driver.pid <= 0 or driver.start in ("", "?", "_") or not driver.table:  # "_": "?" in a tag.
         return None
     if driver.table != process_table():
         return None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -62,6 +63,10 @@ STRIPES = 4
 
 STRIPED = "fghijklm"
 """The last letters of their device names, ``/dev/sdf``, as AWS recommends."""
+
+
+PAUSES = (0.5, 1.0, 2.0, 4.0)
+"""Seconds before a fleet is asked for again whose template AWS does not know yet."""
 
 
 @dataclass(frozen=True)
@@ -170,11 +175,16 @@ def place(
         closed.update(attempt.market for each in errors if each.code in NEXT_MARKET)
         if hopeless := [each for each in errors if each.code not in NEXT | NEXT_MARKET]:
             raise hopeless[0]
-    raise NoCapacity(count, missing, [_told(each) for each in refused], _hint(planned, refused))
+    raise NoCapacity(count, missing, _told(refused), _hint(planned, refused))
 
 
-def _told(refusal: Refusal) -> str:
-    return f"{refusal.attempt}: {refusal.code}"
+def _told(refused: Sequence[Refusal]) -> list[str]:
+    """What was tried, and what AWS said: a line for those that differ in the zone only."""
+    zones: dict[tuple[str, str], list[str]] = {}
+    for each in refused:
+        what, _, where = str(each.attempt).partition(" in ")
+        zones.setdefault((what, each.code), []).append(where)
+    return [f"{what} in {', '.join(sorted({*where}))}: {code}" for (what, code), where in zones.items()]
 
 
 def _hint(planned: Sequence[Attempt], refused: Sequence[Refusal]) -> str:
@@ -349,13 +359,33 @@ def launch(api: Calls, wanted: Wanted, attempt: Attempt, count: int) -> tuple[li
     request = launch_template(wanted, attempt.market, name, _token())
     template = api.call("ec2", "CreateLaunchTemplate", **request)["LaunchTemplate"]["LaunchTemplateId"]
     try:
-        answer = api.call("ec2", "CreateFleet", **create_fleet(wanted, attempt, count, template, _token()))
+        answer = _fleet(api, wanted, attempt, count, template)
     finally:
         try:
             api.call("ec2", "DeleteLaunchTemplate", LaunchTemplateId=template)
         except Ec2Error:
             pass  # It costs nothing, and `bigmachine gc` finds it by its tags.
     return list(_of_fleet(answer, attempt)), _fleet_errors(answer, api.region)
+
+
+def _fleet(api: Calls, wanted: Wanted, attempt: Attempt, count: int, template: str) -> dict[str, Any]:
+    """CreateFleet; again after a while, where AWS does not know a template everywhere that it has just made."""
+    for pause in (*PAUSES, None):
+        try:
+            answer = api.call("ec2", "CreateFleet", **create_fleet(wanted, attempt, count, template, _token()))
+        except Ec2Error as error:
+            if pause is None or not _unknown_template(error.code):
+                raise
+        else:
+            codes = [error.get("ErrorCode", "") for error in answer.get("Errors", ())]
+            if pause is None or answer.get("Instances") or not any(map(_unknown_template, codes)):
+                return answer
+        time.sleep(pause)
+    raise AssertionError
+
+
+def _unknown_template(code: str) -> bool:
+    return code.startswith("InvalidLaunchTemplate") and "NotFound" in code
 
 
 def _of_fleet(answer: Mapping[str, Any], attempt: Attempt) -> Iterator[Placed]:

@@ -6,6 +6,7 @@ that knew the driver's address would fail whenever that changes (a laptop, a tra
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,6 +19,10 @@ GROUP = "bigmachine"
 
 ANYWHERE = ("0.0.0.0/0", "::/0")
 """Those in the group among them."""
+
+
+PAUSES = (0.5, 1.0, 2.0, 4.0)
+"""Seconds between tries to find, or to open, a group that AWS, where it has just been made, does not know everywhere yet."""
 
 
 class Calls(Protocol):
@@ -108,16 +113,34 @@ def own_group(api: Calls, vpc: str, port: int, tags: Mapping[str, str]) -> str:
         except Ec2Error as error:
             if error.code != "InvalidGroup.Duplicate":
                 raise
-            group = find_group(api, vpc)  # Another driver was faster.
+            group = _appears(api, vpc)  # Another driver was faster.
             if group is None:
                 raise
     for missing in closed(group.get("IpPermissions", []), port):
-        try:
-            api.call("ec2", "AuthorizeSecurityGroupIngress", GroupId=group["GroupId"], IpPermissions=[missing])
-        except Ec2Error as error:
-            if error.code != "InvalidPermission.Duplicate":
-                raise
+        _open(api, str(group["GroupId"]), missing)
     return str(group["GroupId"])
+
+
+def _appears(api: Calls, vpc: str) -> Mapping[str, Any] | None:
+    """Our group, which is there, though AWS may not show it yet."""
+    for pause in (*PAUSES, 0.0):
+        if (group := find_group(api, vpc)) is not None:
+            return group
+        time.sleep(pause)
+    return None
+
+
+def _open(api: Calls, group: str, permission: Mapping[str, Any]) -> None:
+    for pause in (*PAUSES, None):
+        try:
+            api.call("ec2", "AuthorizeSecurityGroupIngress", GroupId=group, IpPermissions=[permission])
+            return
+        except Ec2Error as error:
+            if error.code == "InvalidPermission.Duplicate":
+                return
+            if error.code != "InvalidGroup.NotFound" or pause is None:
+                raise
+        time.sleep(pause)
 
 
 def find_group(api: Calls, vpc: str) -> Mapping[str, Any] | None:

@@ -70,11 +70,18 @@ def hourly_prices(api: Calls, kinds: Iterable[tuple[str, str, str]], patience: f
         if price is not None:
             found[kind] = price
 
-    # Daemons, as a pool's threads would be waited for when the interpreter ends.
-    threads = [threading.Thread(target=look, args=(kind,), name="bigmachine-price", daemon=True) for kind in found]
+    threads = []
     until = time.monotonic() + patience
-    for thread in threads:
-        thread.start()
+    for kind in list(found):
+        # Daemons, as a pool's threads would be waited for when the interpreter ends.
+        thread = threading.Thread(target=look, args=(kind,), name="bigmachine-price", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # In Python 3.12, `atexit` is too late for threads.
+            if time.monotonic() < until:
+                look(kind)
+        else:
+            threads.append(thread)
     for thread in threads:
         thread.join(max(0.0, until - time.monotonic()))
     return dict(found)

@@ -31,8 +31,9 @@ from ..remote.deliver import Delivery
 from ..remote.source import agent_text
 from . import naming
 from .api import Api, Ec2Error
-from .booting import HERE, UNWANTED, Machine, Site
+from .booting import HERE, UNWANTED, Machine, Site, report
 from .images import Image, find_image
+from .instances import ALIVE, ours
 from .launching import Attempt, Placed, Wanted, attempts, data_space, launch, markets, place, volumes
 from .network import Network, find_network
 from .prices import session_cost
@@ -45,9 +46,24 @@ from .watch import Watch, describe
 IDLE = 600.0
 """Seconds after which an agent ends itself, and its instance, that no driver talks to."""
 
-
 CLOSE_WITHIN = 30.0
 """Seconds for launches that are under way when all is to end. What comes later ends when nobody contacts its agent."""
+
+QUIET = 3.0
+"""Seconds after which whoever waits for that is told."""
+
+UNANSWERED = {
+    "ReadTimeoutError",
+    "ConnectionClosedError",
+    "HTTPClientError",
+    "ResponseParserError",
+    "ResponseStreamingError",
+    "InternalError",
+    "Server.InternalError",
+    "ServiceUnavailable",
+    "Unavailable",
+}
+"""Errors of a launch after which nobody knows whether it was made."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +112,8 @@ class Ec2Launcher:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._placing = 0
+        self._closed = False
+        self._lost_session = ""  # The session's name, once the answer to a launch was lost.
         self._machines: dict[str, Machine] = {}
         self._types: list[InstanceType] | None = None
         self._ready: Future[Prepared] | None = None
@@ -152,11 +170,14 @@ class Ec2Launcher:
         site = Site(self.settings, self._trust, self._watch, self._upkeep)
         machines = [Machine(order, delivery, launch_id, site) for order in orders]
         with self._lock:
+            if self._closed:  # The session ended while this was on its way here: nobody would stop them.
+                raise RemoteHostError(HERE, UNWANTED)
             self._machines.update((machine.order.id, machine) for machine in machines)
             self._placing += 1
         self.prepare()
         arguments = machines, delivery, launch_id, file
         threading.Thread(target=self._place, args=arguments, name="bigmachine-ec2-launch", daemon=True).start()
+        threading.Thread(target=report, args=(machines,), name="bigmachine-ec2-report", daemon=True).start()
         return [machine.launched for machine in machines]
 
     def _place(self, machines: Sequence[Machine], delivery: Delivery, launch_id: str, file: Path) -> None:
@@ -171,7 +192,12 @@ class Ec2Launcher:
             count = sum(machine.wanted for machine in waiting)
             if not count:  # All that are left were ended meanwhile.
                 raise RemoteHostError(HERE, UNWANTED)
-            return launch(self._api, wanted, what, min(count, missing))
+            try:
+                return launch(self._api, wanted, what, min(count, missing))
+            except Ec2Error as error:
+                if error.code in UNANSWERED:
+                    self._lost_session = machines[0].order.credentials.identity.session
+                raise
 
         try:
             assert self._ready is not None
@@ -214,21 +240,23 @@ class Ec2Launcher:
         return Wanted(settings, prepared.types, prepared.image, prepared.network, user_data(data), tags)
 
     def _assign(self, placed: Sequence[Placed], waiting: list[Machine]) -> list[threading.Thread]:
-        """Give instances to those that wait for one, and begin to boot them; those too many are ended."""
+        """Give instances to those that wait for one, and begin to boot them; those too many are ended, whatever happens."""
         threads = []
-        extra = []
-        for instance in placed:
-            machine = next((machine for machine in waiting if machine.assign(instance)), None)
-            if machine is None:
-                extra.append(instance.id)
-                continue
-            waiting.remove(machine)
-            thread = threading.Thread(target=machine.boot, name=f"bigmachine-ec2-{machine.order.id}", daemon=True)
-            thread.start()
-            threads.append(thread)
-        self._upkeep.renew(self._live)
-        if extra:
-            self._upkeep.end(extra)
+        extra = [instance.id for instance in placed]
+        try:
+            for instance in placed:
+                machine = next((machine for machine in waiting if machine.assign(instance)), None)
+                if machine is not None:
+                    thread = threading.Thread(target=machine.boot, name=f"bigmachine-ec2-{machine.order.id}", daemon=True)
+                    thread.start()
+                    threads.append(thread)
+                    waiting.remove(machine)
+                    extra.remove(instance.id)
+        finally:  # When the interpreter ends there are no more threads, but it waits for this (`close`).
+            if extra:
+                self._upkeep.end(extra)
+        if threads:
+            self._upkeep.renew(self._live)
         return threads
 
     # -- Launcher: life and end ------------------------------------------------------------------------------------------
@@ -283,11 +311,30 @@ class Ec2Launcher:
 
     def close(self) -> None:
         """See `system.Launcher`."""
+        with self._lock:
+            self._closed = True
         self._stop(list(self._machines))
         with self._changed:  # Instances that AWS is about to give are ended as soon as they are known.
-            self._changed.wait_for(lambda: not self._placing, CLOSE_WITHIN)
+            if not self._changed.wait_for(lambda: not self._placing, QUIET):
+                say(f"waiting up to {CLOSE_WITHIN:g} s for a launch that AWS has not answered yet, to end what it brings")
+                self._changed.wait_for(lambda: not self._placing, CLOSE_WITHIN)
+        self._end_unknown()
         self._upkeep.close()
         self._watch.close()
+
+    def _end_unknown(self) -> None:
+        """End instances that a launch may have made whose answer was lost: nobody but AWS knows them."""
+        if not self._lost_session:
+            return
+        try:
+            found = [each.id for each in ours(self._api) if each.session == self._lost_session and each.state in ALIVE]
+        except Ec2Error as error:
+            say(f"there may be instances whose launch AWS did not confirm, which end by themselves: {error}")
+            return
+        with self._lock:
+            known = {each.placed.id for each in self._machines.values() if each.placed is not None}
+        if unknown := [id for id in found if id not in known]:
+            self._upkeep.end(unknown)
 
 
 def _read(path: str) -> tuple[str, str]:

@@ -22,7 +22,7 @@ KEPT = 7 * 24 * 3600
 """Seconds for which an answer is kept: a type's data do not change, but a region may get spot for it."""
 
 _KIND = "ec2"
-_FORM = 1
+_FORM = 2
 """Of what is kept."""
 
 
@@ -56,7 +56,8 @@ class InstanceType:
         arch = next((ours for word, ours in ARCHITECTURES.items() if word in theirs), None)
         if arch is None:
             raise UsageError(f"instances of type {name} are {', '.join(theirs)}: choose x86_64 or arm64, -bigm.ec2type")
-        disks = entry.get("InstanceStorageInfo", {}).get("Disks", [])
+        store = entry.get("InstanceStorageInfo", {})  # Older types have disks that nobody gets who does not map them.
+        disks = store.get("Disks", []) if store.get("NvmeSupport") != "unsupported" else []
         nvme = sum(disk["Count"] for disk in disks), sum(disk["Count"] * disk["SizeInGB"] for disk in disks)
         return cls(
             name=name,

@@ -42,12 +42,21 @@ class Upkeep:
         self._terminations = Batch(self._terminate)
         self._lock = threading.Lock()
         self._closed = threading.Event()
+        self._owed: set[str] = set()  # What was to be terminated, and is not yet.
         self._renewing: threading.Thread | None = None
+
+    def owe(self, ids: Sequence[str]) -> None:
+        """These are to be terminated, at the latest by `close`: whoever is about to do so may be a thread that dies before."""
+        with self._lock:
+            self._owed.update(ids)
 
     def end(self, ids: Sequence[str]) -> None:
         """Terminate instances; returns when AWS has accepted it. Where it does not, that is said: they end by themselves."""
+        self.owe(ids)
         try:
             self._terminations.add(ids)
+            with self._lock:
+                self._owed.difference_update(ids)
         except BigmachineError as error:
             say(f"could not be terminated: {', '.join(ids)}: {error}; they end by themselves when nobody renews their leases")
 
@@ -59,8 +68,14 @@ class Upkeep:
             except Ec2Error as error:
                 if error.code != "InvalidInstanceID.NotFound":
                     raise
+                failures = []
                 for id in some:  # One that AWS does not know, or not yet, must not keep the others.
-                    self._terminate_one(id)
+                    try:
+                        self._terminate_one(id)
+                    except Ec2Error as failure:
+                        failures.append(failure)
+                if failures:
+                    raise failures[0] from None
 
     def _terminate_one(self, id: str) -> None:
         for pause in (*PAUSES, None):
@@ -107,8 +122,12 @@ class Upkeep:
                     said = True
 
     def close(self) -> None:
-        """Renew no more."""
+        """Renew no more; and what could not be terminated (there was no network, or the user's Ctrl-C), try again."""
         self._closed.set()
+        with self._lock:
+            owed = sorted(self._owed)
+        if owed:
+            self.end(owed)
 
 
 def say(text: str) -> None:

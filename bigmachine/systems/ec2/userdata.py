@@ -196,6 +196,7 @@ AGENT_UNIT = f"""\
 Description=bigmachine
 DefaultDependencies=no
 Conflicts=shutdown.target
+After=systemd-tmpfiles-setup.service
 Before=shutdown.target
 {{after}}SuccessAction=poweroff-force
 FailureAction=poweroff-force
@@ -216,7 +217,8 @@ TimeoutStopSec=10
 """
 """A service process is offered to the kernel 100 points before its supervisor: as everybody else, that is, and it is bigger. If
 one is taken the supervisor says so: by default systemd would end them all. And when the host goes down it is the supervisor
-that ends them: else it would have to tell of deaths."""
+that ends them: else it would have to tell of deaths. systemd-tmpfiles-setup, which is done long before the network as a rule,
+empties /tmp: that must not happen to a program that runs."""
 
 UPDATES = "apt-daily.timer apt-daily-upgrade.timer unattended-upgrades.service dnf-automatic.timer dnf-makecache.timer"
 

@@ -185,7 +185,7 @@ class Watch:
                 self.trouble = None
             except Ec2Error as error:
                 found, self.trouble = {}, error
-            self._learn(found)
+            self._learn(ids, found)
 
     def _next(self) -> list[str] | None:
         """Whom to ask for, when it is time to; None at the end."""
@@ -200,11 +200,13 @@ class Watch:
                 self._changed.wait(left)
             return None
 
-    def _learn(self, found: Mapping[str, Seen]) -> None:
+    def _learn(self, asked: Sequence[str], found: Mapping[str, Seen]) -> None:
         ended: list[tuple[Callable[[Seen], None], Seen]] = []
         with self._changed:
-            watched = {} if self.trouble is not None else self._watched
-            for id, seen in judge(watched, found, self._clock()).items():
+            # Those that were asked for, as of then: the answer, which may have taken a minute, is silent about younger ones.
+            known = asked if self.trouble is None else ()
+            watched = {id: self._watched[id] for id in known if id in self._watched}
+            for id, seen in judge(watched, found, self._last).items():
                 self._seen[id] = seen
                 if not seen.alive:
                     self._watched.pop(id, None)

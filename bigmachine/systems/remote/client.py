@@ -411,4 +411,6 @@ def _readable(sock: socket.socket, within: float) -> bool:
 def _reason(error: Exception) -> str:
     if isinstance(error, TimeoutError):
         return "no answer in time"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"not its agent answers there, but a proxy or another host of that address ({error.verify_message})"
     return str(error) or type(error).__name__

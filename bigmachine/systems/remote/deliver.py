@@ -54,6 +54,9 @@ STALLED = 5.0
 HOLD = 30.0
 """Seconds for which a host that has everything may be kept from becoming a machine, for the others' sake."""
 
+STAY = 60.0
+"""Seconds between two signs of life to an agent that waits: agents end of themselves after `IDLE` of their launchers."""
+
 WORTH = 256 * 1024
 """Bytes that are rather sent again than waited for."""
 
@@ -234,10 +237,11 @@ class Delivery:
             parts = self._contents.manifest(info.platform).worker()
             joined = self._join(order.id, client, info, parts, peer_host if peer_host is None else peer_host or host)
             self._mark(order.id, "upload")
-            self._bring(joined)
-            self._mark(order.id, "unpack", joined.sent)
-            self._mark(order.id, "share")
-            self._hold(joined)
+            with self._kept(joined):
+                self._bring(joined)
+                self._mark(order.id, "unpack", joined.sent)
+                self._mark(order.id, "share")
+                self._hold(joined)
             self._mark(order.id, "exec")
             launched = Launched(order.id, host, port or client.port, maxprocs or info.cpus)
             python = self._contents.manifest(info.platform).python
@@ -318,6 +322,23 @@ class Delivery:
             host.site.serving = False
             self._state.sites.pop(host.site.id)
             self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def _kept(self, host: _Host) -> Iterator[None]:
+        """While the block lasts the agent hears of us: it may wait long for what others are being sent, or for what is being
+        compressed, and would end."""
+        over = threading.Event()
+
+        def keep() -> None:
+            while not over.wait(STAY):
+                with contextlib.suppress(AgentUnreachable, RemoteHostError):  # Who sends to it will find out.
+                    host.client.info(python=self._contents.python)
+
+        threading.Thread(target=keep, name=f"bigmachine-keep-{host.site.id}", daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
 
     def _bring(self, host: _Host) -> None:
         """Returns when the host has everything."""

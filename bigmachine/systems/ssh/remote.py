@@ -225,7 +225,7 @@ class RemoteProcess:
                 channel.sendall(KILLER.encode())
                 channel.shutdown_write()
                 channel.recv(1)  # The end of it: it says nothing.
-        except (RemoteHostError, SSHException, EOFError, OSError):
+        except (RemoteHostError, SSHException, EOFError, OSError, RuntimeError):  # The last: no thread for a new connection.
             return False
         return True
 
@@ -245,7 +245,8 @@ def _closed_after(channel: Channel, seconds: float) -> Iterator[None]:
     """The block fails when the time is up: not all that one can do with a channel has a deadline of its own."""
     timer = threading.Timer(seconds, channel.close)
     timer.daemon = True
-    timer.start()
+    with contextlib.suppress(RuntimeError):  # In Python 3.12, `atexit` is too late for threads.
+        timer.start()
     try:
         yield
     finally:
