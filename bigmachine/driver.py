@@ -10,13 +10,15 @@ import argparse
 import atexit
 import functools
 import os
+import signal
 import sys
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
-from .errors import UsageError
+from .errors import BigmachineError, UsageError
 
 if TYPE_CHECKING:
     from .session import Session
@@ -170,7 +172,11 @@ def start(system: str | Launcher | None = None, **options: Any) -> Session:
     program = own_program()
     if program is None:  # What this process has defined is defined nowhere else: it goes by value.
         program, main_names = bare_program(), frozenset()
-    session = open_session(system or chosen or "local", merged, set(options), program, main_names)
+    try:
+        session = open_session(system or chosen or "local", merged, set(options), program, main_names)
+    except BigmachineError as error:
+        # What the user can do about it stands in its text; where in bigmachine it was found is of no use to them.
+        raise error.with_traceback(None) from None
     _end_at_exit(session)
     return session
 
@@ -206,3 +212,23 @@ def _end_at_exit(session: Session) -> None:
             session.shutdown()
 
     atexit.register(end)
+    _end_by_signals()
+
+
+def _end_by_signals() -> None:
+    """SIGTERM and SIGHUP end a driver as Ctrl-C does, with exit code 128 + the signal's number: else nobody would tell machines
+    elsewhere, which would go on until their leases lapse. Signals that the program handles, or ignores, are its own affair."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    driver = os.getpid()
+
+    def end(number: int, _: object) -> None:
+        if os.getpid() != driver:  # A fork, which has inherited this: it ends as it would without us.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, end)

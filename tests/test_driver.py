@@ -120,6 +120,10 @@ def test_start_refuses_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch) ->
         driver.start("moon")
     with pytest.raises(UsageError, match="system 'test' has no option 'colour'; it has maxprocs, names"):
         driver.start("test", colour="blue")
+    with pytest.raises(UsageError, match="no such ssh configuration") as caught:
+        driver.start("ssh", hosts="ada", sshconfig="nowhere")
+    assert caught.value.__suppress_context__, "one line, not where it was found"
+    assert len(caught.traceback) == 2
     monkeypatch.setattr(sys, "argv", ["app.py", "-bigm.maxprocs=0"])
     with pytest.raises(UsageError, match="maxprocs must be at least 1: 0"):
         driver.start()

@@ -200,7 +200,7 @@ def test_a_driver_that_is_killed_leaves_nothing(run: Callable[..., Driver], fork
             os.kill(fork, signal.SIGKILL)  # It is not one of ours, but was the driver's own.
 
 
-@pytest.mark.parametrize("how", ["interrupt", "exception"])
+@pytest.mark.parametrize("how", ["interrupt", "exception", "SIGTERM", "SIGHUP"])
 def test_a_driver_that_ends_leaves_nothing_and_prints_everything(run: Callable[..., Driver], how: str) -> None:
     program = run(
         """
@@ -218,8 +218,11 @@ def test_a_driver_that_ends_leaves_nothing_and_prints_everything(run: Callable[.
     program.await_line("ready")
     if how == "interrupt":
         os.killpg(program.process.pid, signal.SIGINT)  # As a terminal does.
+    elif how != "exception":
+        program.process.send_signal(signal.Signals[how])
     code = program.end()
-    assert code == (-signal.SIGINT if how == "interrupt" else 1), program.transcript()
+    codes = {"interrupt": -signal.SIGINT, "exception": 1, "SIGTERM": 143, "SIGHUP": 129}
+    assert code == codes[how], program.transcript()
     assert not marked(program.mark)
     for i in range(500):
         assert sum(f": line {i} of " in line for line in program.stderr) == 2
@@ -228,6 +231,31 @@ def test_a_driver_that_ends_leaves_nothing_and_prints_everything(run: Callable[.
     assert all(addressed.fullmatch(line) for line in ours), program.transcript()
     last = program.stderr[-1]
     assert ("KeyboardInterrupt" in last, "the driver's own" in last) == (how == "interrupt", how == "exception")
+
+
+def test_signals_that_are_the_programs_own(run: Callable[..., Driver]) -> None:
+    """A handler of the program's stays, and a fork dies of a signal as any process does."""
+    program = run(
+        """
+        import signal
+        signal.signal(signal.SIGHUP, lambda *_: print("heard", flush=True))
+        with driver.start() as b:
+            reader, writer = os.pipe()
+            child = os.fork()
+            if not child:
+                os.write(writer, b"!")
+                while True:
+                    time.sleep(30)
+            os.read(reader, 1)
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(child, signal.SIGTERM)
+            print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        """,
+        warnings="ignore",  # From 3.12 on Python warns of forks among threads.
+    )
+    program.await_line("heard")
+    program.await_line(f"child -{int(signal.SIGTERM)}")
+    assert program.end() == 0, program.transcript()
 
 
 def test_a_session_that_is_not_shut_down_ends_with_the_program(run: Callable[..., Driver]) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from ..info import VERSION, DiskInfo, Info, LoadInfo, MemInfo, platform_name, python_version
 from ..rpc.methods import call_context
 from ..rpc.stats import MethodStats, Stats
 from .workers import Event, Workers
+
+if TYPE_CHECKING:
+    from ..vars import Sample
 
 DEATH_WITHIN = 0.3
 """Seconds within which a supervisor knows of a death: the kernel tells it at once, but its last output is read first."""
@@ -23,7 +26,6 @@ OWNER_ONLY = frozenset(
 """Methods that change the machine, or show what its services say: the session's driver's alone."""
 
 
-@functools.cache
 class SupervisorService:
     """Served as ``Supervisor``. None of it runs, imports or unpickles what is the user's."""
 
@@ -125,6 +127,12 @@ class SupervisorService:
     def stats(self) -> dict[str, MethodStats]:
         """Figures of the calls that the supervisor itself has served."""
         return self._stats().snapshot()
+
+    def vars(self) -> list[Sample]:
+        """The same, as variables."""
+        from ..vars import rpc_samples  # Only for those who ask.
+
+        return rpc_samples("server", self.stats())
 
     def shutdown(self, grace: float) -> None:
         """End the services' processes, SIGTERM first, SIGKILL after `grace` seconds; returns when they are gone."""
