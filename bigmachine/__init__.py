@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from . import driver as driver
     from . import errors as errors
+    from . import vars as vars
     from .driver import start_bare as start
     from .errors import BigmachineError as BigmachineError
     from .info import VERSION as __version__
@@ -61,6 +62,7 @@ _WHERE = {
     "parallel": ("services", "parallel"),
     "start": ("driver", "start_bare"),
     "testing": ("testing", ""),
+    "vars": ("vars", ""),
 }
 
 __all__ = [
@@ -76,6 +78,7 @@ __all__ = [
     "errors",
     "parallel",
     "start",
+    "vars",
 ]
 
 

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from .credentials import Credentials
 from .errors import UsageError
@@ -94,6 +94,33 @@ class Session:
         with self._lock:
             return [*(owned.machine for owned in self._owned), *self._dialled.values()]
 
+    def variables(self, timeout: float = 5.0) -> dict[str, Any]:
+        """The variables (`bigmachine.vars`) of all processes, summed and by machine: `inside.variables.as_json` has the form.
+
+        All running machines are asked at the same time; which processes have not answered after `timeout` seconds is
+        said in it. Raises `UsageError` in a service, and for a timeout that is none.
+        """
+        if self._fleet is None:
+            raise UsageError("variables are collected by the driver; a service publishes its own, with bigmachine.vars")
+        from .inside.variables import as_json, collect  # The driver's, and of no use to most.
+
+        return as_json(collect(self, timeout))
+
+    def profile(
+        self, kind: str = "profile", seconds: float = 30.0, machine: Machine | str | None = None, gc: bool = False
+    ) -> bytes:
+        """A profile of all processes (or of those of `machine`, "driver" among them) in one, in the format of pprof: write it
+        to a file, and ``go tool pprof -http=: FILE``.
+
+        `kind` is "profile" (processor time over some `seconds`), "heap" (`gc`: without garbage) or "threads". Comments in it
+        say who is missing; `inside.profiles.take` tells more. Raises `UsageError`, and `Unreachable` where nobody has answered.
+        """
+        if self._fleet is None:
+            raise UsageError("profiles are taken by the driver, of all processes at once")
+        from .inside.profiles import take  # The driver's, and of no use to most.
+
+        return take(self, kind, seconds, gc, machine).pprof()
+
     # -- The end -----------------------------------------------------------------------------------------------------
 
     def shutdown(self) -> None:
@@ -122,9 +149,11 @@ class Session:
             machine.stopped(None)
             machine.disconnect()
         if self._fleet is not None:
-            if first and (summary := self._fleet.summary()):
-                self._write(f"bigmachine: {summary}\n")
-            self._fleet.close()
+            try:
+                if first and (summary := self._fleet.summary()):
+                    self._write(f"bigmachine: {summary}\n")
+            finally:  # A launch may still be under way.
+                self._fleet.close()
 
     def __enter__(self) -> Session:
         return self

@@ -25,14 +25,15 @@ import sys
 import threading
 from collections.abc import Mapping
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .credentials import Credentials, client_context, peer_identity, server_context
 from .errors import BigmachineError
-from .machine import Network
+from .machine import Network, merge_stats
 from .program import digest
 from .rpc.codec import Codec
 from .rpc.failures import encode_failure
+from .rpc.methods import call_context
 from .rpc.reactor import reactor
 from .rpc.server import Server
 from .rpc.stats import MethodStats
@@ -41,6 +42,10 @@ from .services import Services, parallel_methods
 from .session import Session
 from .supervisor.control import ControlSocket, Message
 from .supervisor.forking import PROCESS, fork_replicas, ready_message
+
+if TYPE_CHECKING:
+    from .profiling.values import Profile
+    from .vars import Sample
 
 WAKE = signal.SIGURG
 """Interrupts whatever the main thread waits in. Nobody uses it for what it was made for, and its default is to do nothing."""
@@ -60,6 +65,27 @@ class ProcessService:
     def stats(self) -> dict[str, MethodStats]:
         """Figures per method of the calls that this process has served."""
         return self._worker.server.stats.snapshot()
+
+    def vars(self, besides: str = "") -> list[Sample]:
+        """This process's variables, and the figures of the calls that it has served and made.
+
+        `besides` is the `vars.origin` of whoever asks. Where that is this process (machines of the system `test` are in the
+        driver's), what the program has published is known there, and left out here.
+        """
+        from .vars import origin, rpc_samples, snapshot
+
+        made: dict[str, MethodStats] = {}
+        for machine in self._worker.session.machines():
+            merge_stats(made, machine.call_stats())
+        figures = rpc_samples("server", self.stats()) + rpc_samples("client", made)
+        return figures if besides == origin() else snapshot() + figures
+
+    def profile(self, kind: str, seconds: float, gc: bool = False) -> Profile:
+        """A profile of this process (`profiling.take`); ends when its caller cancels it. Raises `UsageError`."""
+        from .profiling import take
+
+        context = call_context()
+        return take(kind, seconds, gc, lambda: context.cancelled)
 
 
 class Worker:

@@ -17,14 +17,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS: list[set[str]] = [
-    {"errors", "state", "info", "retry", "address", "settings"},
+    {"errors", "state", "info", "retry", "address", "settings", "vars"},
     {"rpc", "credentials", "authority", "cache", "bootstrap"},
     {"pack"},
-    {"services", "system"},
+    {"services", "system", "profiling"},
     {"program"},
     {"machine"},
     {"boot", "keepalive"},
     {"fleet"},
+    {"inside"},
     {"session"},
     {"supervisor", "worker", "toolkit"},
     {"systems"},
@@ -40,7 +41,7 @@ NARROWER: dict[str, set[str]] = {
     "rpc": {"errors", "info", "retry"},
     # The supervisor never runs user code, and does not know the driver's side of a machine.
     # Of `system` it knows `Host`: where to listen, how to exit.
-    "supervisor": {"errors", "info", "rpc", "credentials", "services", "system"},
+    "supervisor": {"errors", "info", "rpc", "credentials", "services", "system", "vars"},
     # It is sent to hosts that have nothing else of ours.
     "bootstrap": set(),
     "pack": {"errors", "info", "cache", "bootstrap"},
@@ -58,6 +59,8 @@ _SHIPS = "only for machines that have nothing of the program yet"
 _MISS = "http and much of pex: not for what was resolved before"
 _COMMAND = "each needs modules that take longer to load than the others take to run"
 _FLAGS = "driver, and what argparse makes of its flags, 6 ms: for the commands that have them"
+_INSIDE = "for those who look inside"
+_PROMETHEUS = "60 ms, as it has an HTTP server: only for those who want that format"
 _SETTINGS = "for those who have such a file, or a mistake in it"
 
 IMPORTS_INSIDE_FUNCTIONS: dict[tuple[str, str, str], str] = {
@@ -84,6 +87,13 @@ IMPORTS_INSIDE_FUNCTIONS: dict[tuple[str, str, str], str] = {
     ("bigmachine.supervisor.service", "mem_info", "bigmachine.supervisor.vitals"): _VITALS,
     ("bigmachine.supervisor.service", "disk_info", "bigmachine.supervisor.vitals"): _VITALS,
     ("bigmachine.supervisor.service", "load_info", "bigmachine.supervisor.vitals"): _VITALS,
+    ("bigmachine.worker", "vars", "bigmachine.vars"): _INSIDE,
+    ("bigmachine.supervisor.service", "vars", "bigmachine.vars"): _INSIDE,
+    ("bigmachine.session", "variables", "bigmachine.inside.variables"): _INSIDE,
+    ("bigmachine.worker", "profile", "bigmachine.profiling"): _INSIDE,
+    ("bigmachine.session", "profile", "bigmachine.inside.profiles"): _INSIDE,
+    ("bigmachine.inside.variables", "as_prometheus", "prometheus_client"): _PROMETHEUS,
+    ("bigmachine.inside.variables", "_families", "prometheus_client.core"): _PROMETHEUS,
     ("bigmachine.cache", "default_root", "platformdirs"): "not needed where a variable names the cache",
     ("bigmachine.settings", "user_file", "platformdirs"): "5 ms: not for workers, which do not have it",
     ("bigmachine.settings", "read", "tomllib"): _SETTINGS,
@@ -128,6 +138,7 @@ DRIVER_ONLY: dict[str, tuple[str, ...]] = {
     "paramiko": ("bigmachine.systems.ssh",),
     "platformdirs": ("bigmachine.cache", "bigmachine.settings"),
     "packaging": ("bigmachine.pack",),
+    "prometheus_client": ("bigmachine.inside",),
     "rich": ("bigmachine.cli",),
     "shtab": ("bigmachine.cli",),
 }

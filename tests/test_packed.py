@@ -30,6 +30,7 @@ from bigmachine.info import platform_name, python_version
 from bigmachine.pack import build as build_module
 from bigmachine.pack.archive import CODE, CONTENTS, read_contents, verify, write_part
 from bigmachine.pack.build import Request, Result, pack
+from bigmachine.pack.builders.command import run_tool
 from bigmachine.pack.lines import without_login
 from bigmachine.pack.progress import Silent
 from bigmachine.system import Program
@@ -807,3 +808,9 @@ def test_an_edit_sends_one_small_part(app: Path, tmp_path: Path) -> None:
     (part,) = missing({part.digest for part in before.worker()}, after.worker())
     assert part.kind == "code"
     assert part.packed < 20_000
+
+
+def test_a_builders_temporary_files_are_where_somebody_clears_up(tmp_path: Path) -> None:
+    """An interrupt kills it."""
+    with pytest.raises(PackError, match=f"timeit failed: SystemExit: {tmp_path}\n"):
+        run_tool("timeit", ["-n1", "import sys, tempfile", "sys.exit(tempfile.gettempdir())"], {}, tmp_path)

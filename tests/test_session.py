@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from bigmachine import State
+from bigmachine import State, boot
 from bigmachine.errors import BootError, MachineStopped, NotPicklable, Unreachable, UsageError
 from bigmachine.fleet import MAX_LINE, Owned, _with
 from bigmachine.info import Notice, Step
@@ -142,6 +142,21 @@ def test_what_a_session_has_cost_is_said_once() -> None:
     assert cluster.output.getvalue() == "bigmachine: 1 × m7i.large for 3 min: $0.01\n"
 
 
+def test_a_launcher_that_cannot_say_what_it_has_cost_is_closed() -> None:
+    launcher = Odd(futures)
+    closed: list[bool] = []
+
+    def summary() -> str:
+        raise RuntimeError("no threads left")
+
+    launcher.summary = summary  # type: ignore[attr-defined]
+    launcher.close = lambda: closed.append(True)  # type: ignore[method-assign]
+    cluster = start(launcher, 1)
+    with pytest.raises(RuntimeError):
+        cluster.session.shutdown()
+    assert closed
+
+
 @pytest.mark.parametrize("how", ["raises", "fails"])
 def test_a_failed_keepalive_asks_the_system_at_once(how: str) -> None:
     """It may know what the keepalive would find out when the lease is over."""
@@ -183,6 +198,54 @@ def test_a_launch_that_never_ends() -> None:
     assert sorted(launcher.stopped) == sorted(machine.id for machine in machines)
     with pytest.raises(MachineStopped, match="shut down"):
         pending.result(SOON)
+
+
+def test_a_launch_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(boot.DEADLINES, boot.LAUNCH, 0.1)
+    (machine,) = start(Odd(futures), 1).session.machines()
+    with pytest.raises(BootError, match=r"it took more than 0\.1 s"):
+        machine.wait(State.RUNNING, SOON)
+
+
+def test_a_boot_that_cannot_begin_takes_no_other_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = Owned.boot
+    doomed: list[str] = []
+
+    def refused(self: Owned, launched: Any) -> None:
+        if not doomed:
+            doomed.append(self.machine.id)
+            raise RuntimeError("can't start new thread")
+        begin(self, launched)
+
+    monkeypatch.setattr(Owned, "boot", refused)
+    launcher = Odd(failed)
+    machines = start(launcher, 2).session.machines()
+    for machine in machines:
+        with pytest.raises(Exception, match=r"new thread|no such subnet"):
+            machine.wait(State.RUNNING, SOON)
+    eventually(lambda: sorted(launcher.stopped) == sorted(machine.id for machine in machines), "the end of both", SOON)
+
+
+def test_a_machine_whose_services_cannot_be_stopped_ends() -> None:
+    """As when its supervisor has no descriptors left: its lease is not looked at any more."""
+    system = TestSystem()
+    cluster = start(system, 1)
+    (machine,) = cluster.session.machines()
+    machine.wait(State.RUNNING, SOON)
+    there = system._of(machine)
+    stop = there.workers.stop
+
+    def refused(grace: float, **_: Any) -> None:
+        raise OSError("too many open files")
+
+    there.workers.stop = refused  # type: ignore[method-assign, assignment]
+    try:
+        with pytest.raises(OSError, match="too many open files"):
+            there.supervisor.end("the lease has lapsed", 0.0, orphan=True)
+        assert there.ended.wait(SOON)
+    finally:
+        stop(0.0)
+        cluster.session.shutdown()
 
 
 def test_a_session_that_ends_during_a_launch_stops_what_was_launched() -> None:
