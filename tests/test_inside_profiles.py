@@ -17,6 +17,9 @@ from bigmachine.errors import Unreachable, UsageError
 from bigmachine.inside import profiles
 from bigmachine.inside.profiles import Taken, take
 from bigmachine.machine import Machine
+from bigmachine.profiling.values import Profile
+from bigmachine.rpc.calling import raiser
+from bigmachine.rpc.calls import Call
 from bigmachine.session import Session
 from bigmachine.systems.local import LocalLauncher
 from bigmachine.testing import TestSystem
@@ -97,7 +100,7 @@ def methods(found: Read, type_: str) -> dict[tuple[str, str, str], int]:
 
 def test_processor_time_of_all_processes(local: tuple[Session, list[Machine]]) -> None:
     b, (one, two) = local
-    calls = [one.submit("Busy.spin", 1.0), one.submit("Busy.spin", 1.0), two.submit("Busy.wait"), two.submit("Busy.rest")]
+    calls = [one.submit("Busy.spin", 3.0), one.submit("Busy.spin", 3.0), two.submit("Busy.wait"), two.submit("Busy.rest")]
     taken = take(b, "profile", "0.4")
     two.call("Busy.stop")
     for call in calls:
@@ -156,9 +159,10 @@ def test_a_machine_that_stops_meanwhile_is_left_out(local: tuple[Session, list[M
     (lost,) = b.start(1, {"Busy": busy()})
     lost.wait()
     found: list[Taken] = []
-    taking = threading.Thread(target=lambda: found.append(take(b, "profile", 0.6)))
+    taking = threading.Thread(target=lambda: found.append(take(b, "profile", 2.0)))
     taking.start()
-    time.sleep(0.2)
+    eventually(lambda: any(each.name == "bigmachine-sampler" for each in threading.enumerate()), "the profile's begin")
+    time.sleep(0.5)  # For the others, of whose samplers nobody tells.
     lost.cancel()
     taking.join(20.0)
     (taken,) = found
@@ -224,8 +228,8 @@ def test_a_process_counts_once() -> None:
     with bigmachine.start(TestSystem(maxprocs=2)) as b:
         one, two = b.start(2, {"Busy": busy()})
         two.wait()
-        call = one.submit("Busy.spin", 0.5)
-        taken = take(b, "profile", 0.2)
+        call = one.submit("Busy.spin", 2.0)
+        taken = take(b, "profile", 0.3)
         call.result(SOON)
     assert taken.processes == [("driver", "driver")]
     found = decoded(taken)
@@ -234,14 +238,16 @@ def test_a_process_counts_once() -> None:
 
 
 def test_who_does_not_answer_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiles, "SLACK", 0.2)
+    def ask(client: object, call: Call[Profile], *_: object) -> None:
+        call.complete(raiser(TimeoutError()))  # As when one has waited for it.
+
     with bigmachine.start(TestSystem()) as b:
         (machine,) = b.start(1, {"Busy": busy()})
         machine.wait()
-        monkeypatch.setattr(profiles, "_ask", lambda *_: None)
+        monkeypatch.setattr(profiles, "_ask", ask)
         taken = take(b, "threads", 0.1)
-        assert taken.missing == {(machine.addr, "0"): "no answer within 0.3 s"}
-        with pytest.raises(Unreachable, match=r"there is nothing to make a profile of: no answer within 0\.3 s"):
+        assert taken.missing == {(machine.addr, "0"): "no answer within 30 s"}
+        with pytest.raises(Unreachable, match="there is nothing to make a profile of: no answer within 30 s"):
             take(b, "threads", 0.1, machine=machine)
 
 

@@ -175,13 +175,10 @@ def test_a_process_that_does_not_answer_is_named(local: tuple[Session, list[Mach
     holding = one.submit("Worker.hold", str(fifo))
     with open(fifo, "wb"):  # Opens when the other end is opened.
         time.sleep(0.1)
-        began = time.monotonic()
-        found = b.variables(timeout=1.0)
-        took = time.monotonic() - began
+        found = b.variables(timeout=3.0)  # In which all others answer, whatever else there is to do.
     holding.result(SOON)
-    assert found["missing"] == {one.addr: {"0": "no answer within 1 s"}}
+    assert found["missing"] == {one.addr: {"0": "no answer within 3 s"}}
     assert {one.addr, two.addr} <= found["machines"].keys()
-    assert 1.0 <= took < 2.0
     assert b.variables()["missing"] == {}
 
 

@@ -95,7 +95,7 @@ def test_tells_running_from_waiting() -> None:
     spun, waited = of(profile, "spin"), of(profile, "wait")
     assert spun["cpu"] > 10 * waited["cpu"]
     assert 0 < spun["cpu"] <= spun["wall"]
-    assert waited["wall"] == pytest.approx(spun["wall"], rel=0.3)
+    assert waited["wall"] == pytest.approx(spun["wall"], rel=0.6)
     assert waited["wall"] <= profile.seconds * 1e9
     assert profile.default == "cpu"
     assert pickle.loads(pickle.dumps(profile)) == profile
@@ -125,12 +125,15 @@ def test_profiles_at_once_share_a_sampler() -> None:
     with running(spin):
         for each in both:
             each.start()
-        time.sleep(0.1)
-        assert sum(each.name == "bigmachine-sampler" for each in threading.enumerate()) == 1
+        samplers: list[int] = []
+        while any(each.is_alive() for each in both):
+            samplers.append(sum(each.name == "bigmachine-sampler" for each in threading.enumerate()))
+            time.sleep(0.01)
+        assert max(samplers) == 1
         for each in both:
             each.join()
     one, two = (of(profile, "spin")["wall"] for profile in found)
-    assert one == pytest.approx(two, rel=0.3)
+    assert one == pytest.approx(two, rel=0.6)
     assert all(not of(profile, "take")["wall"] for profile in found), "who waits for a profile is not in it"
 
 

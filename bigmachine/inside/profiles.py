@@ -76,7 +76,8 @@ def take(
     number = profiling.checked(kind, seconds)
     gone = threading.Event()
     asked: dict[Who, Call[Profile]] = {}
-    deadline = time.monotonic() + (number if kind == "profile" else 0.0) + SLACK
+    within = (number if kind == "profile" else 0.0) + SLACK
+    deadline = time.monotonic() + within
     askers = ThreadPoolExecutor(ASKERS, "bigmachine-profiles")
     parts: list[tuple[Who, Profile]] = []
     missing: dict[Who, str] = {}
@@ -93,7 +94,7 @@ def take(
             try:
                 parts.append((who, call.result(max(0.0, deadline - time.monotonic()))))
             except TimeoutError:
-                missing[who] = f"no answer within {number + SLACK:g} s"
+                missing[who] = f"no answer within {within:g} s"
             except Exception as error:  # It stopped meanwhile, or whatever else: the others are to be seen.
                 missing[who] = str(error) or type(error).__name__
     finally:  # Ctrl-C, too: nobody goes on for nothing.
