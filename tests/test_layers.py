@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from bigmachine.pack.imports import syntax
+
 ROOT = Path(__file__).parent.parent
 
 LAYERS: list[set[str]] = [
@@ -212,7 +214,7 @@ def modules(sources: Mapping[str, str]) -> dict[str, Module]:
     names = {path: path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in sources}
     known = frozenset(names.values())
     return {
-        names[path]: Module(names[path], ast.parse(source, path), path.endswith("__init__.py"), known)
+        names[path]: Module(names[path], syntax(source, path), path.endswith("__init__.py"), known)
         for path, source in sources.items()
     }
 

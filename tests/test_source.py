@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import builtins
+import gc
 import os
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import pytest
 
 from bigmachine.errors import PackError
 from bigmachine.pack import tree
+from bigmachine.pack.imports import syntax
 from bigmachine.pack.modules import compiled_in
 from bigmachine.pack.source import Source, find_source
 
@@ -686,3 +689,23 @@ def test_a_script_that_would_do_nothing_is_refused(code: str, does: bool, tmp_pa
 def test_what_only_imports_own_code_may_run_in_there(tmp_path: Path) -> None:
     assert names(found(tmp_path, {"app.py": '"""Doc."""\nimport part', "part.py": "print(1)"})) == ["app.py", "part.py"]
     assert "no __main__ code" in refused(tmp_path, {"pkg/__init__.py": "", "pkg/__main__.py": "def f(): ..."}, "pkg")
+
+
+def test_parsing_while_garbage_that_parses_is_collected() -> None:
+    """Python 3.11 fails of that, in whatever is parsed at the time."""
+
+    class Garbage:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            ast.parse("f(1)[2]")
+
+    text = "\n".join(f"a{n} = [f({n}) for f in g]" for n in range(1000))
+    threshold = gc.get_threshold()
+    gc.set_threshold(200)
+    try:
+        Garbage()
+        assert len(syntax(text).body) == 1000
+    finally:
+        gc.set_threshold(*threshold)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import time
 import tokenize
 import warnings
 from collections.abc import Iterable, Iterator
@@ -54,7 +55,7 @@ def parse(path: Path, shown: str, whole: bool = True) -> Parsed:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Of invalid escapes and the like: its author hears them when it runs.
-            tree = ast.parse(text, shown)
+            tree = syntax(text, shown)
             if whole:
                 compile(text, shown, "exec", dont_inherit=True)  # Faster than from the tree.
     except SyntaxError as error:
@@ -65,6 +66,17 @@ def parse(path: Path, shown: str, whole: bool = True) -> Parsed:
     except (RecursionError, MemoryError):
         raise PackError(f"{shown}: nested too deeply for Python to read") from None
     return Parsed(tree, "import_module" in text or "__import__" in text)
+
+
+def syntax(text: str, name: str = "<unknown>") -> ast.Module:
+    """`ast.parse`. Python 3.11 raises SystemError where, in the midst of it, garbage is collected and a finalizer parses, too (a
+    traceback that is printed does, for one): then it is tried again."""
+    for pause in (0.0, 0.01, 0.1, 0.5):
+        try:
+            return ast.parse(text, name)
+        except SystemError:
+            time.sleep(pause)
+    return ast.parse(text, name)
 
 
 def read_text(path: Path, shown: str) -> str:

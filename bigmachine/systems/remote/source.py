@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...credentials import Credentials
+from ...pack.imports import syntax
 
 LOADER = "import sys; exec(sys.stdin.buffer.readline())"
 """What a Python on the host executes (``python3 -c``), with `agent_source` on its standard input."""
@@ -43,7 +44,7 @@ def _program() -> str:
     body: dict[str, None] = {}  # In order; what several modules import, once.
     folder = importlib.resources.files(__name__.partition(".")[0]) / "bootstrap"
     for name in MODULES:
-        module = ast.parse((folder / f"{name}.py").read_text("utf-8"))
+        module = syntax((folder / f"{name}.py").read_text("utf-8"), name)
         body.update((ast.unparse(statement), None) for statement in _Shorter().visit(module).body)
     return "\n".join(body)
 
