@@ -69,8 +69,8 @@ def parse(path: Path, shown: str, whole: bool = True) -> Parsed:
 
 
 def syntax(text: str, name: str = "<unknown>") -> ast.Module:
-    """`ast.parse`. Python 3.11 raises SystemError where, in the midst of it, garbage is collected and a finalizer parses, too (a
-    traceback that is printed does, for one): then it is tried again."""
+    """`ast.parse`. Python 3.11 raises SystemError where, in the midst of it, garbage is collected and a finalizer parses, too
+    (a traceback that is printed does, for one): then it is tried again."""
     for pause in (0.0, 0.01, 0.1, 0.5):
         try:
             return ast.parse(text, name)
