@@ -1120,6 +1120,17 @@ def test_callback_that_is_added_while_the_call_completes(pair: Pair) -> None:
     assert blocked == [True]
 
 
+def test_calls_that_only_callbacks_wait_for(pair: Pair, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that wait for company are sent as soon as others are answered, and all answers are read: it takes no tick."""
+    monkeypatch.setattr(pair.here, "linger", lambda lingering: None)  # No monitor asks anybody whether he has settled.
+    done = threading.Semaphore(0)
+    for _ in range(12):  # Some are sent at once; the others wait for company.
+        pair.submit("wait").add_done_callback(lambda _: done.release())
+    service.go_on.set()
+    for _ in range(12):
+        assert done.acquire(timeout=SOON)
+
+
 def test_waiting_in_the_ways_of_the_standard_library(pair: Pair, service: Service) -> None:
     calls = [pair.submit("add", i, 1) for i in range(20)]
     assert {call.result() for call in concurrent.futures.as_completed(calls, SOON)} == set(range(1, 21))

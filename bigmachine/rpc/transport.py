@@ -7,7 +7,8 @@ the reactor, and the worker that wakes takes the role. A thread that waits for s
 role itself where it is free, and reads until what it waits for is there, dispatching what is others' on the way: on an
 idle connection a call is made, answered and returned on one thread. The other waiters follow: they sleep, and whoever
 gives the role up hands it to one of them, or arms the descriptor again. Who has led lingers: only when no thread has
-led for a tick is the descriptor armed, so that in a loop of calls no worker wakes for what the caller will read.
+led for a tick is the descriptor armed, so that in a loop of calls no worker wakes for what the caller will read. Where
+nobody leads, as nobody waits but callbacks, a worker reads.
 
 Rule 2. `lock` guards the `Connection`, the outbox and the TLS object (which must not be read and written at once before
 Python 3.13). It is held for one TLS record or one frame, never while waiting.
@@ -155,6 +156,7 @@ class Transport:
         self._owner = owner
         self._reading = True  # Somebody holds the role; nobody else may before `start`.
         self._lingering = False  # The role is free and READ is not armed: the last leader is expected back.
+        self._ticking = False  # The monitor asks once a tick whether to `settle`.
         self._leads_seen = self._leads_taken = 0
         self._blocked = False  # The socket took less than it was offered; WRITE is armed.
         self._followers: deque[Waiter] = deque()
@@ -219,8 +221,14 @@ class Transport:
         self._deferred += 1
         if self._deferred >= MAX_DEFERRED or len(data) > RECORD // 8:
             self.flush()
-        elif not self._lingering:
-            self._linger()
+        else:
+            self._tick()
+
+    def send_deferred(self) -> None:
+        """Send what `send_soon` has kept."""
+        if self._deferred:
+            with self.lock:
+                self.flush()
 
     def send_message(self, kind: int, number: int, parts: tuple[Bytes, ...], deadline: float | None = None) -> None:
         """Send a message of the channel, blocking until its window has room for all of it: pieces of messages must not mix.
@@ -240,10 +248,10 @@ class Transport:
                 self.flush()
             self.wait(waiter, deadline)  # As long as it takes: the far side runs what it has, and is alive.
 
-    def _linger(self) -> None:
-        self._lingering = True
-        self._watch.arm((WRITE if self._blocked and not self._pollers else 0) | (0 if self._reading else READ))
-        self._reactor.linger(self)
+    def _tick(self) -> None:
+        if not self._ticking:
+            self._ticking = True
+            self._reactor.linger(self)
 
     def flush(self) -> None:
         """Write what the outbox holds, as far as the socket takes it. With the lock held; never blocks, never raises."""
@@ -424,7 +432,9 @@ class Transport:
                 self._reading = lead = True
                 self._leads_taken += 1
                 if not self._lingering:
-                    self._linger()
+                    self._lingering = True
+                    self._arm()
+                    self._tick()
             elif not lead and waiter.sleeper is None and self.closed is None:
                 waiter.sleeper = allocate_lock()
                 waiter.sleeper.acquire()
@@ -490,12 +500,15 @@ class Transport:
                 return True
             if self._deferred:
                 self.flush()  # Nobody waits for an answer, so that nobody has flushed.
-                return False
+                if self._lingering:
+                    return False
             if self._leads_seen != self._leads_taken:
                 self._leads_seen = self._leads_taken
                 return False
-            self._lingering = False  # Who still leads, waits for long, and arms the descriptor when he has what he wants.
-            self._arm()
+            if self._lingering:
+                self._lingering = False  # Who still leads, waits for long, and arms the descriptor when he has what he wants.
+                self._arm()
+            self._ticking = False
             return True
 
     def release(self) -> None:
