@@ -54,7 +54,8 @@ class Services:
 @dataclass
 class Boot:
     """One machine's way to RUNNING. `connected` is called when the supervisor answers, before the program is there; `within`
-    are the launch's own steps; `digest` is that of the driver's program, None where it may be any."""
+    are the launch's own steps; `digest` is that of the driver's program, None where it may be any; `on_step` is told of each
+    step of the timeline when it has ended, and whether it failed."""
 
     machine: Machine
     launched: Future[Launched]
@@ -65,10 +66,15 @@ class Boot:
     within: Callable[[], Sequence[Step]]
     decode: Any
     digest: str | None = None
+    on_step: Callable[[Step, bool], object] = lambda step, failed: None
     _steps: list[Step] = field(default_factory=list)
     _step: str = ""
     _began: float = 0.0
     _started: float = 0.0
+
+    def step(self) -> str:
+        """The one under way, as the system names it where it knows the steps within its own; empty where none is."""
+        return self._step
 
     def timeline(self) -> list[Step]:
         """The steps that have ended so far; the last one may have failed."""
@@ -99,7 +105,7 @@ class Boot:
             machine.parallel = self.services.parallel
         except Exception as error:
             raise self._failed(error, time.monotonic() - begun) from error
-        self._enter("")
+        self._enter("", failed=failure is not None)
         if failure is not None:
             raise decode_failure(failure, method="setup", address=machine.addr, codec=self.decode)
 
@@ -111,10 +117,14 @@ class Boot:
                 raise
             raise TimeoutError(f"it took more than {DEADLINES[LAUNCH]:g} s") from None
 
-    def _enter(self, step: str) -> None:
+    def _enter(self, step: str, *, failed: bool = False) -> None:
         now = time.monotonic()
         if self._step:
-            self._steps.append(Step(self._step, self._began, now - self._started))
+            ended = Step(self._step, self._began, now - self._started)
+            self._steps.append(ended)
+            told = (list(self.within()) if ended.name == LAUNCH else []) or [ended]
+            for each in told:
+                self.on_step(each, failed and each is told[-1])
         self._step = step
         self._began, self._started = time.time(), now
 
@@ -132,7 +142,7 @@ class Boot:
 
     def _failed(self, error: Exception, elapsed: float) -> BaseException:
         step = self._step
-        self._enter("")
+        self._enter("", failed=True)
         if self.machine.error is not None:
             return self.machine.error  # It was stopped meanwhile, by somebody who knew why.
         if isinstance(error, ProgramEnded):

@@ -8,19 +8,21 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from sys import modules
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from .address import format_address, parse_address
 from .credentials import server_name
 from .errors import BigmachineError, MachineStopped, NotReady, RemoteTraceback, Unreachable, UsageError, WaitTimeout
 from .retry import Backoff
-from .rpc.calls import Call
+from .rpc.calls import Call, TracedCall
 from .rpc.client import Client
 from .rpc.codec import Codec, Encoded
 from .rpc.items import ItemStream
 from .rpc.reactor import Reactor
 from .rpc.stats import MethodStats
+from .rpc.tracing import OPENTELEMETRY, TRACE, calling, with_trace
 from .services import public_methods
 from .state import History, State
 
@@ -61,6 +63,8 @@ class Network:
         self._make_context = context
         self.codec = codec
         self.reactor = reactor
+        self.on_failure: Callable[[str, str, str, float, BaseException], None] | None = None
+        """Told of every call that fails, where somebody wants to know: machine's id, method, process, seconds, error."""
 
     @functools.cached_property
     def context(self) -> ssl.SSLContext:
@@ -117,7 +121,9 @@ class Machine:
 
     ``addr`` is its address, ``https://host:port/<id>/`` (the bare id until it is launched); ``maxprocs`` the number of
     service processes that its parallel methods may use; ``error`` why it stopped, None where it was asked to; ``notice`` that
-    it will be taken away, None unless whoever lends it has said so.
+    it will be taken away, None unless whoever lends it has said so; ``unhealthy`` in what way it is not well, empty where it
+    is, and ``saved`` the directory with what was saved of it then; ``began`` when it was asked for, and ``entered`` when it
+    has entered each state, in seconds as of `time.time`.
     """
 
     def __init__(self, id: str, network: Network, *, owned: bool) -> None:
@@ -128,8 +134,13 @@ class Machine:
         self.maxprocs = 1
         self.error: BaseException | None = None
         self.notice: Notice | None = None
+        self.unhealthy = ""
+        self.saved = ""
+        self.began = time.time()
+        self.entered: dict[State, float] = {State.UNSTARTED: self.began}
         self.keepalive_reply_times: Sequence[float] = ()
         self.next_keepalive: float | None = None
+        self.keepalive_error = ""  # Why the last keepalive has failed; empty where it has not.
         self.parallel: frozenset[str] = frozenset()
         self._network = network
         self._changed = threading.Condition()
@@ -139,12 +150,14 @@ class Machine:
         self._on_state: list[Callable[[Machine], None]] = []
         self._on_notice: list[Callable[[Machine], None]] = []
         self._timeline: Callable[[], Sequence[Step]] = tuple
+        self._step: Callable[[], str] = str
         self._supervisor: Client | None = None
         self._processes: list[Client] = []
         self._lanes = Lanes(1)
         self._met = owned  # Whether we know what is parallel there. The owner has said so itself.
         self._meeting = threading.Lock()
         self._ender: Callable[[bool], None] = lambda graceful: None
+        self._mourner: Callable[[str], None] | None = None
 
     def __repr__(self) -> str:
         taken = f", {self.notice.text}" if self.notice is not None and self.state is State.RUNNING else ""
@@ -200,9 +213,24 @@ class Machine:
         """The steps of the machine's boot that have ended; empty for another's machine. The last one may have failed."""
         return tuple(self._timeline())
 
-    def on_timeline(self, timeline: Callable[[], Sequence[Step]]) -> None:
+    @property
+    def step(self) -> str:
+        """The step of the boot that is under way; empty where none is."""
+        return self._step() if self.state is State.STARTING else ""
+
+    def on_timeline(self, timeline: Callable[[], Sequence[Step]], step: Callable[[], str]) -> None:
         """Say who knows them."""
         self._timeline = timeline
+        self._step = step
+
+    @property
+    def processes(self) -> Sequence[tuple[str, Client]]:
+        """``("supervisor", its client)``, ``("0", …)`` and so on: the processes of a running machine. There are no further
+        service processes where nothing of it is parallel."""
+        if self.state is not State.RUNNING:
+            return ()
+        services = self._processes if self.parallel else self._processes[:1]
+        return [("supervisor", self.supervisor), *((str(n), client) for n, client in enumerate(services))]
 
     def starting(self) -> None:
         """The boot has begun."""
@@ -233,6 +261,7 @@ class Machine:
                 return False
             self.error = error
             self._history.move(State.STOPPED)
+            self.entered[State.STOPPED] = time.time()
             self._direct = {}
             waiting, self._when_running = self._when_running, []
             self._changed.notify_all()
@@ -252,6 +281,7 @@ class Machine:
     def _move(self, state: State) -> None:
         with self._changed:
             self._history.move(state)
+            self.entered[state] = time.time()
             self._changed.notify_all()
         for callback in self._on_state:
             callback(self)
@@ -278,12 +308,16 @@ class Machine:
         if self.owned:
             with self._changed:
                 self._changed.wait_for(lambda: self.state is State.STOPPED, EXPLAIN_WITHIN)
-            return self._stopped(sent=error.sent) if self.state is State.STOPPED else error
+            if self.state is State.STOPPED:
+                return self._stopped(sent=error.sent)
+            # Who listens to the supervisor may be held up by what else it says, which nobody reads.
         try:
             assert self._supervisor is not None
             obituary = self._supervisor.call("Supervisor.obituary", (), {}, EXPLAIN_WITHIN)
         except BigmachineError:
             return error  # The supervisor is gone too: there is no more to say.
+        if obituary and self._mourner is not None:
+            self._mourner(obituary)
         return MachineStopped(self.addr, obituary, error.sent) if obituary else error
 
     # -- Calls -------------------------------------------------------------------------------------------------------
@@ -295,36 +329,74 @@ class Machine:
         the remote traceback as its cause; `CallRefused` where it cannot be called so; `NotPicklable`; `CallTimeout`;
         `MachineStopped` or `Unreachable`.
         """
-        client = self._direct.get(method)
-        if client is not None:
-            try:
-                return client.call(method, args, kwargs, timeout)
-            except Unreachable as error:
-                raise self._if_stopped(error) from error.__cause__
-        deadline = None if timeout is None else time.monotonic() + timeout
-        client = self._client_for(method, deadline)
-        if client is None:
-            return self.submit(method, *args, timeout=timeout, **kwargs).result()
-        left = None if deadline is None else max(0.001, deadline - time.monotonic())
-        self._remember(method, client)
+        span = calling(method, self._place) if OPENTELEMETRY in modules else None
+        if span is None:
+            return self._call(method, args, kwargs, timeout)
         try:
-            return client.call(method, args, kwargs, left)
-        except Unreachable as error:
-            raise self._if_stopped(error) from error.__cause__
+            result = self._call(method, args, with_trace(kwargs, span), timeout)
+        except BaseException as error:  # Ctrl-C ends it, too.
+            span.end(error)
+            raise
+        span.end()
+        return result
+
+    def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], timeout: float | None) -> Any:
+        began = time.perf_counter()
+        try:
+            client, left = self._direct.get(method), timeout
+            if client is None:
+                deadline = None if timeout is None else time.monotonic() + timeout
+                client = self._client_for(method, deadline)
+                left = None if deadline is None else max(0.001, deadline - time.monotonic())
+                if client is not None:
+                    self._remember(method, client)
+            if client is not None:
+                try:
+                    return client.call(method, args, kwargs, left)
+                except Unreachable as error:
+                    raise self._if_stopped(error) from error.__cause__
+        except Exception as error:  # Whatever it is: it is only told of, here.
+            self._failed(method, "0", time.perf_counter() - began, error)
+            raise
+        return self.submit(method, *args, timeout=timeout, **kwargs).result()
 
     def submit(self, method: str, /, *args: Any, timeout: float | None = None, **kwargs: Any) -> Call[Any]:
         """Start a call; the `Call` (a future that can be awaited too) ends with what `call` would return or raise.
 
         Returns when the arguments are on their way (at once, where the machine is not running yet).
         """
-        encoded = self._network.codec.encode_call(method, args, kwargs)
-        call: Call[Any] = Call()
+        span = None
+        if OPENTELEMETRY in modules and TRACE not in kwargs:  # Else `call` has made one.
+            span = calling(method, self._place)
+            kwargs = kwargs if span is None else with_trace(kwargs, span)
+        try:
+            encoded = self._network.codec.encode_call(method, args, kwargs)
+        except Exception as error:  # As in `_call`.
+            self._failed(method, "0", 0.0, error)
+            if span is not None:
+                span.end(error)
+            raise
+        call: Call[Any] = Call(method, self._failed) if span is None else TracedCall(method, self._failed, span)
         client = self._direct.get(method)
         if client is not None:
             self._send(client, call, method, encoded, timeout)
         else:
             self._submit(call, method, encoded, timeout)
         return call
+
+    def _failed(self, method: str, process: str, seconds: float, error: BaseException) -> None:
+        """A call has failed, `seconds` after it was made."""
+        on_failure = self._network.on_failure
+        if on_failure is not None:
+            on_failure(self.id, method, "supervisor" if method.startswith("Supervisor.") else process, seconds, error)
+
+    def _place(self) -> Mapping[str, str | int]:
+        """For spans. Only the machine's id, while nobody knows where it will be."""
+        try:
+            host, port, _ = parse_address(self.addr)
+        except ValueError:
+            return {"bigmachine.machine": self.id}
+        return {"bigmachine.machine": self.id, "server.address": host, "server.port": port}
 
     def _send(self, client: Client, call: Call[Any], method: str, encoded: Encoded, timeout: float | None) -> None:
         try:
@@ -356,6 +428,7 @@ class Machine:
         def on_lane(lane: int) -> None:
             started = time.perf_counter()
             call.add_done_callback(lambda _: self._lanes.leave(lane, time.perf_counter() - started))
+            call.process = str(lane)
             if not call.done():
                 self._send(self._processes[lane], call, method, encoded, left())
 
@@ -389,12 +462,27 @@ class Machine:
 
         Closing the iterator closes the generator on the machine. `timeout` bounds the whole, in seconds.
         """
+        began = time.perf_counter()
+        span = calling(method, self._place) if OPENTELEMETRY in modules else None
+
+        def ended(error: BaseException | None) -> None:
+            if error is not None:
+                self._failed(method, "0", time.perf_counter() - began, error)
+            if span is not None:
+                span.end(error)
+
         deadline = None if timeout is None else time.monotonic() + timeout
-        client = self._client_for(method, deadline) or self._processes[0]
         try:
-            return client.stream(method, args, kwargs, timeout)
-        except Unreachable as error:
-            raise self._if_stopped(error) from error.__cause__
+            client = self._client_for(method, deadline) or self._processes[0]
+            try:
+                items = client.stream(method, args, kwargs if span is None else with_trace(kwargs, span), timeout)
+            except Unreachable as error:
+                raise self._if_stopped(error) from error.__cause__
+        except BaseException as error:  # Ctrl-C ends it, too.
+            ended(error)
+            raise
+        items.on_end = ended
+        return items
 
     def retry_call(self, method: str, /, *args: Any, timeout: float | None = None, **kwargs: Any) -> Any:
         """As `call`, trying again, with growing pauses, while that is certainly safe: only where the request did not
@@ -511,6 +599,10 @@ class Machine:
         """Set what ends an owned machine: `ender(graceful)`, which returns when it is gone."""
         self._ender = ender
 
+    def on_death(self, mourner: Callable[[str], None]) -> None:
+        """Set who is told how an owned machine's services died, where a call that failed of it asked: `mourner(text)`."""
+        self._mourner = mourner
+
     def shutdown(self) -> None:
         """End the machine: its services' processes are stopped, its output is waited for. Returns when it is gone."""
         self._end(True)
@@ -541,10 +633,7 @@ class Machine:
 def merge_stats(into: dict[str, MethodStats], more: dict[str, MethodStats]) -> None:
     """Add figures up; the maxima are the larger ones."""
     for name, stats in more.items():
-        total = into.setdefault(name, MethodStats())
-        for figure, value in vars(stats).items():
-            have = getattr(total, figure)
-            setattr(total, figure, max(have, value) if figure.startswith("max_") else have + value)
+        into.setdefault(name, MethodStats()).add(stats)
 
 
 def _chance() -> float:

@@ -64,6 +64,10 @@ JSON form                                      ``application/x-ndjson``: each it
 
 The headers are sent with the first item, so that an exception before it still has a status of its own.
 
+*Traces.* A call may say of which trace it is a part, as W3C's headers do (``traceparent``, ``tracestate``, ``baggage``): in the
+JSON form by these headers; in the pickle form, and on the call channel, by a keyword argument named ``"\\0trace"``, a dict of
+them, which the method does not get. Whoever has no use for it ignores it (`tracing`).
+
 Outcome
 -------
 ==========  ===========================================================================================================

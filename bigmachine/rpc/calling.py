@@ -291,8 +291,9 @@ class ClientConnection:
     # -- What arrives (connection owner) -----------------------------------------------------------------------------
 
     def on_readable(self) -> None:
-        """A reactor worker reads while nobody waits."""
+        """A reactor worker reads while nobody waits: nobody else sends what waits for company, now that there are answers."""
         self.transport.read()
+        self.transport.send_deferred()
         self.transport.release()
 
     def on_event(self, event: Event) -> None:

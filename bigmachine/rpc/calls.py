@@ -9,12 +9,17 @@ from collections.abc import Callable, Generator
 from typing import Any, Generic, Protocol, TypeVar
 
 from .reactor import Timer
+from .tracing import Calling
 from .transport import Transport, Waiter
 
 T = TypeVar("T")
 
 Outcome = Callable[[], Any]
 """Returns what the method returned, or raises what it raised. Decodes: not under a lock, not on the reader's thread."""
+
+
+Report = Callable[[str, str, float, BaseException], None]
+"""Told of a failed call: its method, the process that it was for, the seconds since it was submitted, the error."""
 
 
 class Pending(Waiter):
@@ -54,8 +59,14 @@ class Call(concurrent.futures.Future[T], Generic[T]):
     wherever the call had not ended, and `result` then raises `concurrent.futures.CancelledError`.
     """
 
-    def __init__(self) -> None:
+    process = "0"
+
+    def __init__(self, method: str = "", report: Report | None = None) -> None:
+        """`report` is told how a call of `method` fails, by whoever completes it."""
         super().__init__()
+        self._method = method
+        self._report = report
+        self._began = time.perf_counter()
         self._way: _Way | None = None
         self._pending: Pending | None = None
         self._watched = False
@@ -128,6 +139,12 @@ class Call(concurrent.futures.Future[T], Generic[T]):
         except concurrent.futures.InvalidStateError:
             pass  # Cancelled, or timed out, in the meantime.
 
+    def set_exception(self, exception: BaseException | None) -> None:
+        """As in the standard library; then it has been told."""
+        if self._report is not None and exception is not None and not self.done():
+            self._report(self._method, self.process, time.perf_counter() - self._began, exception)
+        super().set_exception(exception)
+
     def _invoke_callbacks(self) -> None:
         if self._execute is None or not self._watched:
             super()._invoke_callbacks()  # type: ignore[misc]
@@ -138,3 +155,37 @@ class Call(concurrent.futures.Future[T], Generic[T]):
         import asyncio  # 15 ms that a worker does not spend; whoever awaits has paid them.
 
         return asyncio.wrap_future(self).__await__()
+
+
+class TracedCall(Call[T]):
+    """A call with a span (`tracing`), which has ended when the result is there."""
+
+    def __init__(self, method: str, report: Report, span: Calling) -> None:
+        super().__init__(method, report)
+        self._span = span
+
+    @property
+    def watched(self) -> bool:
+        """Whoever exports spans may take his time: not on the thread that reads the connection."""
+        return True
+
+    def complete(self, outcome: Outcome, execute: Callable[[Callable[[], None]], None] | None = None) -> None:
+        """See `Call`."""
+
+        def ended() -> Any:
+            try:
+                value = outcome()
+            except BaseException as error:  # Of the method, whatever it is.
+                self._span.end(error)
+                raise
+            self._span.end()
+            return value
+
+        super().complete(ended, execute)
+
+    def cancel(self) -> bool:
+        """See `Call`."""
+        if not super().cancel():
+            return False
+        self._span.end(concurrent.futures.CancelledError())
+        return True

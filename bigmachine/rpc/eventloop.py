@@ -41,6 +41,16 @@ class EventLoop:
         finally:
             self._loop.close()
 
+    @property
+    def thread(self) -> int | None:
+        """The number of the loop's thread, as `threading.get_ident` has it."""
+        return self._thread.ident
+
+    @property
+    def tasks(self) -> list[asyncio.Task[Any]]:
+        """Those of the calls that are under way."""
+        return list(self._tasks)
+
     def close(self) -> None:
         """Cancel what runs; the thread ends when that has."""
         try:

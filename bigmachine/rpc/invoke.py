@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from sys import modules
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import BadArguments
 from .codec import Codec
-from .methods import CallContext, Handler, Method, current_call
+from .methods import CallContext, Handler, Kind, Method, current_call
 from .reactor import Reactor
 from .stats import Stats
+from .tracing import OPENTELEMETRY, TRACE, Serving, async_items, awaited, items, serving
 
 if TYPE_CHECKING:
     from .eventloop import EventLoop
@@ -44,11 +46,22 @@ def invoke(
             args, kwargs = codec.decode(pickle, buffers, streams)
         except BaseException as error:  # Users' classes take part in decoding: they may raise anything.
             return None, NotRun(method.name, f"the arguments cannot be decoded: {error}")
-        return method.function(*args, **kwargs), None
+        carrier = kwargs.pop(TRACE) if kwargs and TRACE in kwargs else None
+        span = serving(context, carrier) if OPENTELEMETRY in modules else None
+        if span is None:
+            return method.function(*args, **kwargs), None
+        if method.kind is not Kind.PLAIN:
+            return _traced_items(span, method, method.function(*args, **kwargs)), None
+        with span:
+            return method.function(*args, **kwargs), None
     except BaseException as error:  # Whatever the method raises is its answer.
         return None, bad_arguments(method, args, kwargs, error)
     finally:
         current_call.reset(token)
+
+
+def _traced_items(span: Serving, method: Method, generator: Any) -> Any:
+    return items(span, generator) if method.kind is Kind.GENERATOR else async_items(span, generator)
 
 
 def start_async(
@@ -63,6 +76,7 @@ def start_async(
 ) -> None:
     try:
         args, kwargs = codec.decode(pickle, buffers, streams=streams)
+        carrier = kwargs.pop(TRACE) if kwargs and TRACE in kwargs else None
         coroutine = functools.partial(method.function, *args, **kwargs)
     except BaseException as error:  # As in `_invoke`.
         finish(None, NotRun(method.name, f"the arguments cannot be decoded: {error}"), flush=True)
@@ -70,9 +84,11 @@ def start_async(
 
     def make() -> Any:
         try:
-            return coroutine()
+            running = coroutine()
         except TypeError as error:
             raise bad_arguments(method, args, kwargs, error) from None
+        span = serving(context, carrier) if OPENTELEMETRY in modules else None
+        return running if span is None else awaited(span, running)
 
     loop().start(make, context, functools.partial(finish, flush=True))
 

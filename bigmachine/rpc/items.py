@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from ..errors import CallTimeout, Unreachable
@@ -55,12 +55,29 @@ class ItemStream(Iterator[Any]):
         self._deadline = time.monotonic() + timeout if timeout else None
         self._timeout = timeout
         self._over = False
+        self.on_end: Callable[[BaseException | None], None] | None = None
+        """Called once: with what ended the iteration too early, or None."""
 
     def __iter__(self) -> ItemStream:
         return self
 
     def __next__(self) -> Any:
         """The next item. Raises what the method raised, `CallTimeout`, `Unreachable`."""
+        try:
+            return self._next()
+        except StopIteration:
+            self._tell(None)
+            raise
+        except Exception as error:  # Ctrl-C leaves the stream as it is.
+            self._tell(error)
+            raise
+
+    def _tell(self, error: BaseException | None) -> None:
+        on_end, self.on_end = self.on_end, None
+        if on_end is not None:
+            on_end(error)
+
+    def _next(self) -> Any:
         exchange = self._exchange
         assert exchange.inbox is not None
         while not self._ready and not self._over:
@@ -98,11 +115,15 @@ class ItemStream(Iterator[Any]):
                 exchange.inbox.wait(1.0)  # `on_closed` is on its way to it.
 
     def _too_late(self) -> CallTimeout:
-        self.close()
+        self._give_up()
         return CallTimeout(self._exchange.pending.method, self._connection.address, self._timeout)
 
     def close(self) -> None:
         """Close the generator on the far side; further iteration ends. Idempotent."""
+        self._give_up()
+        self._tell(None)
+
+    def _give_up(self) -> None:
         self._over = True
         self._ready.clear()
         self._connection.abandon(self._exchange)
@@ -115,5 +136,11 @@ class ItemStream(Iterator[Any]):
 
     def __del__(self) -> None:
         if not self._over:  # Not here: this may be the garbage collector, on a thread that holds the transport's lock.
-            connection, exchange = self._connection, self._exchange
-            connection.reactor.execute(lambda: connection.abandon(exchange))
+            connection, exchange, on_end = self._connection, self._exchange, self.on_end
+
+            def abandon() -> None:
+                connection.abandon(exchange)
+                if on_end is not None:
+                    on_end(None)
+
+            connection.reactor.execute(abandon)

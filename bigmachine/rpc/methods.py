@@ -76,7 +76,7 @@ class CallContext:
     ``caller`` is who calls, as in the certificate ("driver s-1f…", "machine m-7f3a9c"); ``deadline`` is in `time.monotonic`
     seconds, None where the caller set none; ``cancelled`` turns true when the caller has gone, cancelled the call or
     given it up after its timeout. A plain method that runs for long should look at it now and then; an ``async def`` is
-    cancelled.
+    cancelled. ``started`` is when it began, as of `time.perf_counter`.
     """
 
     method: str
@@ -84,6 +84,7 @@ class CallContext:
     deadline: float | None = None
     _cancelled: bool = field(default=False, repr=False)
     _on_cancel: Callable[[], None] | None = field(default=None, repr=False, compare=False)
+    started: float = field(default=0.0, repr=False, compare=False)
 
     def _cancel(self) -> None:
         """The caller does not want it any more."""

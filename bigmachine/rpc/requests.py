@@ -10,6 +10,7 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import Iterator
+from sys import modules
 from typing import Any
 
 from ..errors import BadArguments, CallRefused
@@ -20,6 +21,7 @@ from .invoke import NotRun, Serves, invoke, start_async
 from .jsonform import json_arguments, json_failure, to_json
 from .methods import CallContext, Kind, Method, current_call
 from .streams import Body, Inbox, copy_into, incoming_file, layout, pack_item, parse_layout
+from .tracing import OPENTELEMETRY, TRACE
 from .transport import Closed, Transport
 
 MAX_UNANNOUNCED = 64 * 1024 * 1024
@@ -37,12 +39,13 @@ BYTES = "application/octet-stream"
 class Request:
     """A call on a stream of its own, while it arrives and while it runs."""
 
-    __slots__ = ("accept", "body", "content_type", "context", "inbox", "method", "raw", "size", "started", "stream")
+    __slots__ = ("accept", "body", "content_type", "context", "headers", "inbox", "method", "raw", "size", "started", "stream")
 
     def __init__(self, stream: int, method: Method, context: CallContext, headers: dict[str, str]) -> None:
         self.stream = stream
         self.method = method
         self.context = context
+        self.headers = headers
         self.content_type = headers.get("content-type", PICKLE).partition(";")[0].strip().lower()
         self.accept = headers.get("accept", "")
         self.body: Body | None = None
@@ -175,11 +178,12 @@ class Requests:
         """On a worker: decode, run, answer."""
         started = time.perf_counter()
         method, context = request.method, request.context
+        context.started = started
         streams: tuple[object, ...] = () if request.inbox is None else (incoming_file(request.inbox),)
         body = request.body
         if request.content_type == JSON:
             try:
-                pickle: Any = self._server.codec.encode(json_arguments(method.name, request.raw), "JSON").pickle
+                pickle: Any = self._server.codec.encode(_from_json(request), "JSON").pickle
             except NotRun as refused:
                 self._end_request(request, started, refused)
                 return
@@ -329,6 +333,14 @@ class Requests:
         """The client is gone: cancel whatever runs."""
         for request in list(self._requests.values()):
             self._drop(request, error)
+
+
+def _from_json(request: Request) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call in the JSON form. Raises `NotRun`."""
+    args, kwargs = json_arguments(request.method.name, request.raw)
+    if OPENTELEMETRY in modules:
+        kwargs[TRACE] = request.headers
+    return args, kwargs
 
 
 def _check_kind(method: Method, accept: str) -> None:

@@ -102,6 +102,11 @@ class Server:
                 self._event_loop = EventLoop()
             return self._event_loop
 
+    @property
+    def running_loop(self) -> EventLoop | None:
+        """The same, where there is one."""
+        return self._event_loop
+
     def forget(self, connection: ServerConnection) -> None:
         """The connection has ended."""
         with self._lock:

@@ -128,6 +128,7 @@ class ServerConnection:
             return True
         deadline = time.monotonic() + timeout if timeout else None
         context = CallContext(method.name, self._caller_name, deadline)
+        context.started = started
         self._calls[number] = context
         gate = method.gate
         if gate is not None or method.kind is Kind.ASYNC:
@@ -165,6 +166,7 @@ class ServerConnection:
         if context.cancelled:
             self._forget(context)
         else:
+            context.started = time.perf_counter()  # It may have waited for long.
             result, error = invoke(self._server.codec, method, context, pickle, buffers)
             finish(result, error, flush=True)
         following = method.gate.leave()
