@@ -83,7 +83,7 @@ class Driver:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={**os.environ, MARK: self.mark, "PYTHONFAULTHANDLER": "1"},
+            env={**os.environ, MARK: self.mark, "PYTHONFAULTHANDLER": "1", "BIGMACHINE_SESSION_HTTP": "off"},
             start_new_session=True,
             text=True,
         )

@@ -16,6 +16,7 @@ from ..rpc.server import Server
 from ..services import Services
 from ..system import Host
 from .door import Door
+from .pressure import Meter, Pressure
 from .service import OWNER_ONLY, SupervisorService
 from .watchdog import Watchdog
 from .workers import Workers
@@ -24,7 +25,8 @@ FIRST_CONTACT = 60.0
 """Seconds that a driver has to contact a machine that it has just started; an agent's machine was contacted already."""
 
 LINGER = 5.0
-"""Seconds for which a machine whose services died waits to be asked why, and to be shut down."""
+"""Seconds for which a machine whose services died waits to be asked why, and to be shut down, where no driver is connected. One
+that is may be held up by output that nobody reads, the last words among it; the lease is its limit then, as before."""
 
 OBITUARY = 0.3
 """Seconds for which a machine whose services died, and which was shut down for it, can still be asked why: by other
@@ -45,6 +47,7 @@ class Supervisor:
         self._workers = workers
         self._reactor = reactor
         self._watchdog = Watchdog(time.monotonic(), lease, FIRST_CONTACT)
+        self._meter, self._pressure = Meter(), Pressure()
         self._lock = threading.Lock()
         self._ending = False
         self._alone = False  # Nobody will hang up, whatever connections seem to be open.
@@ -81,7 +84,7 @@ class Supervisor:
         self._host.renewed(lease)
 
     def _check(self) -> None:
-        """Look at the lease, and at the services, every second, for the rest of the machine's life."""
+        """Look at the lease, at the services, and at the memory, every second, for the rest of the machine's life."""
         if self._ending:
             return
         with self._lock:
@@ -89,9 +92,12 @@ class Supervisor:
         if expired is not None:
             self._reactor.execute(lambda: self.end(expired, ORPHAN_GRACE, orphan=True))
             return
-        if self._workers.obituary() is not None:
+        if self._workers.obituary() is not None and not self._driver_listens():
             with self._lock:
                 self._watchdog.renew(time.monotonic(), min(LINGER, self._watchdog.remaining(time.monotonic())))
+        said = self._pressure.look(time.monotonic(), self._meter.read())
+        if said is not None:
+            self._workers.tell(said)
         self._reactor.call_later(1.0, self._check)
 
     def end(self, reason: str, grace: float, *, orphan: bool = False) -> None:
