@@ -287,7 +287,7 @@ snapshot = _registry.snapshot
 
 
 def origin() -> str:
-    """See `Registry.origin`."""
+    """A name of this process that no other has: see `Registry.origin`."""
     return _registry.origin
 
 

@@ -44,6 +44,7 @@ from .supervisor.control import ControlSocket, Message
 from .supervisor.forking import PROCESS, fork_replicas, ready_message
 
 if TYPE_CHECKING:
+    from .profiling.doing import Doing
     from .profiling.values import Profile
     from .vars import Sample
 
@@ -86,6 +87,12 @@ class ProcessService:
 
         context = call_context()
         return take(kind, seconds, gc, lambda: context.cancelled)
+
+    def doing(self, limit: int = 100) -> list[Doing]:
+        """The calls of services that this process runs now; of more than `limit`, those that have run longest."""
+        from .profiling.doing import doing
+
+        return doing(self._worker.server, limit)
 
 
 class Worker:

@@ -184,7 +184,7 @@ def test_the_driver_alone(local: tuple[Session, list[Machine]]) -> None:
         ("profile", -1, None, "at most 3600: -1"),
         ("heap", 1e9, None, "at most 3600: 1000000000.0"),
         ("profile", "abc", None, "at most 3600: 'abc'"),
-        ("goroutine", 1, None, "no such profile: 'goroutine'; there are profile, heap, threads"),
+        ("goroutine", 1, None, "no such profile: 'goroutine'; there are profile, heap, objects, threads"),
         ("heap", 1, "m-0", "no such machine is running: 'm-0'; there are driver, https://"),
     ],
 )

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -18,7 +19,7 @@ import pytest
 
 from bigmachine import profiling
 from bigmachine.errors import UsageError
-from bigmachine.profiling import cpu, heap, threads
+from bigmachine.profiling import cpu, heap, objects, threads
 from bigmachine.profiling.values import MAX_DEPTH, TOO_DEEP, Places, Profile, Sample
 from bigmachine.testing.conformance import eventually
 
@@ -78,7 +79,7 @@ def test_seconds_that_are_none(seconds: object) -> None:
 
 @pytest.mark.parametrize("kind", ["cpu", "", None, []])
 def test_a_kind_that_there_is_not(kind: object) -> None:
-    with pytest.raises(UsageError, match=r"no such profile: .*; there are profile, heap, threads"):
+    with pytest.raises(UsageError, match=r"no such profile: .*; there are profile, heap, objects, threads"):
         profiling.checked(kind, 1)
 
 
@@ -197,6 +198,39 @@ def test_a_stack_that_is_too_deep_is_cut() -> None:
     assert places.places[stack[-1]] == TOO_DEEP
 
 
+class Kept:
+    pass
+
+
+@pytest.mark.parametrize("kind", sorted(profiling.KINDS))
+def test_what_functions_hold_is_not_kept_alive(tracing: heap.Tracing, kind: str) -> None:
+    """Neither by the profile nor by garbage that it leaves."""
+    held: list[weakref.ref[Kept]] = []
+    ready = threading.Event()
+
+    def work(done: threading.Event) -> None:
+        kept = Kept()
+        held.append(weakref.ref(kept))
+        ready.set()
+        while not done.is_set():
+            sum(range(100))
+
+    def ask() -> None:
+        kept = Kept()
+        held.append(weakref.ref(kept))
+        profiling.take(kind, 0.1, False, never)
+
+    gc.disable()
+    try:
+        with running(work):
+            assert ready.wait(5.0)
+            ask()
+        eventually(lambda: all(each.name != "bigmachine-sampler" for each in threading.enumerate()), "the sampler ends")
+        assert [each() for each in held] == [None, None]
+    finally:
+        gc.enable()
+
+
 # -- Heap ----------------------------------------------------------------------------------------------------------------
 
 
@@ -205,6 +239,7 @@ def tracing(monkeypatch: pytest.MonkeyPatch) -> Iterator[heap.Tracing]:
     tracing = heap.Tracing()
     monkeypatch.setattr(heap, "_tracing", tracing)
     monkeypatch.setattr(heap, "DEPTH", 8)  # Below a test are many frames of pytest.
+    monkeypatch.setattr(objects, "SECONDS", 0.1)  # pytest has many objects, too.
     yield tracing
     tracing.stop()
 
@@ -219,6 +254,9 @@ def test_heap_says_who_allocated(tracing: heap.Tracing) -> None:
     name = "test_heap_says_who_allocated.<locals>.hoard"
     assert "tracing begins with this profile" in first.comments[0]
     assert of(first, name)["inuse_space"] == 0
+    assert of(first, "[objects] dict")["inuse_space"] > 0
+    assert any(comment.startswith("[objects] are all Python objects by type") for comment in first.comments)
+    assert of(second, "[objects] dict")["inuse_space"] == 0
     assert "traced for " in second.comments[0]
     assert 1_000_000 <= of(second, name)["inuse_space"] < 1_100_000
     assert 100 <= of(second, name)["inuse_objects"] < 110
@@ -258,6 +296,97 @@ def test_a_program_s_own_tracing_is_left_alone(tracing: heap.Tracing) -> None:
         assert tracemalloc.is_tracing()
     finally:
         tracemalloc.stop()
+
+
+# -- All objects ---------------------------------------------------------------------------------------------------------
+
+
+class Hoarded:
+    def __init__(self, held: object) -> None:
+        self.held = held
+
+
+class Modest(type):
+    __module__ = property(lambda cls: 1 / 0)  # type: ignore[assignment]
+
+
+class Vain(metaclass=Modest):
+    def __sizeof__(self) -> int:
+        raise AssertionError("it is not to be asked")
+
+
+HERE = f"[objects] {__name__}."
+
+
+@pytest.fixture
+def enough_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objects, "SECONDS", 60.0)
+
+
+@pytest.mark.usefixtures("enough_time")
+def test_objects_by_type() -> None:
+    before = profiling.take("objects", 1, True, never)
+    kept = [Hoarded(bytes(100 + number % 2)) for number in range(20_000)]
+    kept.append(Hoarded([float(number) + 0.5 for number in range(5 * objects.MANY)]))
+    kept.append(Hoarded({number: (complex(number), complex(number)) for number in range(1000)}))
+    after = profiling.take("objects", 1, True, never)
+
+    def grown(name: str, type_: str = "inuse_objects") -> int:
+        return of(after, f"[objects] {name}")[type_] - of(before, f"[objects] {name}")[type_]
+
+    assert of(after, f"{HERE}Hoarded")["inuse_objects"] == len(kept)
+    assert grown("bytes") == pytest.approx(20_000, abs=200)
+    assert grown("bytes", "inuse_space") == pytest.approx(20_000 * sys.getsizeof(bytes(100)), rel=0.02)
+    assert grown("float") == pytest.approx(5 * objects.MANY, abs=500)
+    assert grown("complex") == pytest.approx(2000, abs=20)
+    assert pickle.loads(pickle.dumps(after)) == after
+
+
+@pytest.mark.usefixtures("enough_time")
+@pytest.mark.parametrize("beside", [0, 5])
+def test_a_large_object_counts_once_whoever_holds_it(monkeypatch: pytest.MonkeyPatch, beside: int) -> None:
+    monkeypatch.setattr(objects, "MANY", 3)  # With more beside it only some are looked at, but not of the large ones.
+    large = bytearray(30_000_000)
+    kept = [Hoarded([large, *(object() for _ in range(beside))]) for _ in range(3)]
+    found = of(objects.take(False), "[objects] bytearray")["inuse_space"]
+    del kept
+    assert 30_000_000 <= found < 45_000_000
+
+
+@pytest.mark.usefixtures("enough_time")
+def test_types_that_have_their_own_ideas() -> None:
+    kept = [Vain() for _ in range(7)]
+    assert of(objects.take(False), f"{HERE}Vain")["inuse_objects"] == len(kept)
+
+
+def test_objects_when_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objects, "SECONDS", 0.0)
+    profile = objects.take(False)
+    assert any(comment.startswith("there was time for 0 of ") for comment in profile.comments)
+
+
+def test_too_many_types_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objects, "SECONDS", 0.2)
+    monkeypatch.setattr(objects, "MAX_TYPES", 2)
+    profile = objects.take(False)
+    names = [functions(profile, sample)[0] for sample in profile.samples]
+    assert len(names) == 3
+    assert names[2].endswith(" other types")
+
+
+@pytest.mark.usefixtures("enough_time")
+@pytest.mark.skipif(not objects.LOCALS, reason="local variables of other threads cannot be read safely before Python 3.13")
+def test_variables_of_running_functions_count() -> None:
+    def hold(done: threading.Event) -> None:
+        large = bytearray(40_000_000)
+        ready.set()
+        done.wait()
+        del large
+
+    ready = threading.Event()
+    with running(hold):
+        assert ready.wait(5.0)
+        assert of(objects.take(False), "[objects] bytearray")["inuse_space"] >= 40_000_000
 
 
 # -- Threads and tasks ---------------------------------------------------------------------------------------------------

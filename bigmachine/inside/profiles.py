@@ -30,6 +30,9 @@ ASKERS = 64
 """Threads that ask at the same time. One is busy for 0.1 ms, or, where a connection has to be made that nobody takes, until the
 deadline."""
 
+LOOK = 0.2
+"""Seconds between two looks whether somebody still waits for the profile."""
+
 MAX_NAMES = 10
 """Machines that an error lists."""
 
@@ -63,20 +66,30 @@ class Taken:
         return pprof.text(self.profile)
 
 
+class Cancelled(Exception):
+    """Nobody waits for the profile any more."""
+
+
 def take(
-    cluster: Cluster, kind: str, seconds: object = 30, gc: bool = False, machine: Machine | str | None = None
+    cluster: Cluster,
+    kind: str,
+    seconds: object = 30,
+    gc: bool = False,
+    machine: Machine | str | None = None,
+    gone: threading.Event | None = None,
+    slack: float = SLACK,
 ) -> Taken:
     """A profile of the driver and of every service process of all running machines, or of `machine` alone: one, its address
     or its id, or "driver". `kind`, `seconds` and `gc` are as in `profiling.take`.
 
-    A machine that stops meanwhile is left out, and is among the missing; so is who has not answered `SLACK` seconds after the
+    A machine that stops meanwhile is left out, and is among the missing; so is who has not answered `slack` seconds after the
     time. Processes count once: the machines of the system `test` are the driver's. Raises `UsageError`, and `Unreachable`
-    where nobody has answered.
+    where nobody has answered, and `Cancelled` when `gone` has been set meanwhile: then all stop.
     """
     number = profiling.checked(kind, seconds)
-    gone = threading.Event()
+    gone = threading.Event() if gone is None else gone
     asked: dict[Who, Call[Profile]] = {}
-    within = (number if kind == "profile" else 0.0) + SLACK
+    within = (number if kind == "profile" else 0.0) + slack
     deadline = time.monotonic() + within
     askers = ThreadPoolExecutor(ASKERS, "bigmachine-profiles")
     parts: list[tuple[Who, Profile]] = []
@@ -92,7 +105,9 @@ def take(
                 own.start()
         for who, call in asked.items():
             try:
-                parts.append((who, call.result(max(0.0, deadline - time.monotonic()))))
+                parts.append((who, _result(call, deadline, gone)))
+            except Cancelled:
+                raise
             except TimeoutError:
                 missing[who] = f"no answer within {within:g} s"
             except Exception as error:  # It stopped meanwhile, or whatever else: the others are to be seen.
@@ -106,7 +121,7 @@ def take(
 
 
 def _processes(cluster: Cluster, machine: Machine | str | None) -> list[tuple[Who, Client | None]]:
-    """Whom to ask; None is this process. There are no further service processes where nothing of a machine is parallel."""
+    """Whom to ask; None is this process."""
     running = [each for each in cluster.machines() if each.state is State.RUNNING]
     if machine is not None and machine != DRIVER:
         chosen = [each for each in running if machine in (each, each.addr, each.id)]
@@ -122,9 +137,21 @@ def _processes(cluster: Cluster, machine: Machine | str | None) -> list[tuple[Wh
     if machine == DRIVER:
         return found
     for each in running:
-        for process, client in enumerate(each._processes if each.parallel else each._processes[:1]):
-            found.append(((each.addr, str(process)), client))
+        # Not the supervisor, which comes first: it runs nothing of the program.
+        found += [((each.addr, process), client) for process, client in each.processes[1:]]
     return found
+
+
+def _result(call: Call[Profile], deadline: float, gone: threading.Event) -> Profile:
+    while True:
+        left = max(0.0, deadline - time.monotonic())
+        try:
+            return call.result(min(left, LOOK))
+        except TimeoutError:
+            if gone.is_set():
+                raise Cancelled("the profile was cancelled") from None
+            if call.done() or left <= LOOK:
+                raise
 
 
 def _ask(client: Client, call: Call[Profile], args: tuple[str, float, bool], deadline: float) -> None:

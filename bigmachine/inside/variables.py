@@ -29,7 +29,6 @@ from ..rpc.calling import raiser
 from ..rpc.calls import Call
 from ..rpc.client import Client
 from ..rpc.stats import MethodStats
-from ..state import State
 from ..vars import COUNTER, GAUGE, Sample, exposed_name, origin, rpc_samples, snapshot
 
 if TYPE_CHECKING:
@@ -85,7 +84,7 @@ def collect(cluster: Cluster, timeout: float = TIMEOUT) -> Collected:
     threading.Thread(target=_tell, args=(own, machines), name="bigmachine-variables-own", daemon=True).start()
     askers = ThreadPoolExecutor(ASKERS, "bigmachine-variables")
     for machine in machines:
-        for process, client in _processes(machine):
+        for process, client in machine.processes:
             call: Call[list[Sample]] = Call()
             asked[machine.addr, process] = call
             askers.submit(_ask, client, process, call, deadline)
@@ -101,15 +100,6 @@ def collect(cluster: Cluster, timeout: float = TIMEOUT) -> Collected:
             missing[who] = (str(error) or type(error).__name__).splitlines()[0]  # The last output may follow.
     askers.shutdown(wait=False, cancel_futures=True)
     return Collected(samples, missing)
-
-
-def _processes(machine: Machine) -> Iterator[tuple[str, Client]]:
-    """Those that there are: a machine has no further service processes where nothing of it is parallel."""
-    if machine.state is not State.RUNNING:
-        return
-    yield SUPERVISOR, machine.supervisor
-    for number, client in enumerate(machine._processes if machine.parallel else machine._processes[:1]):
-        yield str(number), client
 
 
 def _ask(client: Client, process: str, call: Call[list[Sample]], deadline: float) -> None:

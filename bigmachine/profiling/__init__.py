@@ -1,4 +1,5 @@
-"""Profiles of one process: where its time goes (`cpu`), what holds its memory (`heap`), what every thread does (`threads`).
+"""Profiles of one process: where its time goes (`cpu`), what holds its memory (`heap`, `objects`), what every thread does
+(`threads`); and which calls run (`doing`).
 
 It runs in the process that it is about: the standard library only, imported when somebody asks for the first profile. A
 profile is a plain value (`values.Profile`) that travels to the driver, which merges those of all processes (`inside.profiles`).
@@ -10,12 +11,13 @@ import math
 from collections.abc import Callable
 
 from ..errors import UsageError
-from . import cpu, heap, threads
+from . import cpu, heap, objects, threads
 from .values import Profile
 
 KINDS = {
     "profile": "processor time, and waiting, by stack, over some seconds",
-    "heap": "memory of Python objects by the stack that allocated it",
+    "heap": "memory of Python objects by the stack that allocated it, since the first such profile; that one is by type",
+    "objects": "memory of all Python objects by type",
     "threads": "the stacks of all threads and asyncio tasks",
 }
 """What there is, by the names that Go's pprof has for it."""
@@ -45,4 +47,4 @@ def take(kind: str, seconds: float, gc: bool, cancelled: Callable[[], bool]) -> 
     number = checked(kind, seconds)
     if kind == "profile":
         return cpu.take(number, cancelled)
-    return heap.take(gc) if kind == "heap" else threads.take()
+    return heap.take(gc) if kind == "heap" else objects.take(gc) if kind == "objects" else threads.take()

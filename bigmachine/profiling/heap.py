@@ -1,8 +1,8 @@
 """Memory of Python objects by the stack that allocated it, from `tracemalloc`.
 
 Tracing starts with the first profile that is asked for, as it makes allocation slower; what was allocated before is not
-seen. It stops when nobody has asked for `KEEP` seconds. Where the program itself traces (``PYTHONTRACEMALLOC``), that is used
-and left alone.
+seen, and so the first profile has all objects by type instead (`objects`). It stops when nobody has asked for `KEEP` seconds.
+Where the program itself traces (``PYTHONTRACEMALLOC``), that is used and left alone.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from inspect import CO_OPTIMIZED
 from types import CodeType, FunctionType
 
 from ..rpc.reactor import Timer, reactor
+from .objects import TYPES, census
 from .values import Place, Places, Profile, Sample
-
-TYPES = (("inuse_objects", "count"), ("inuse_space", "bytes"))
-"""Names as in Go's heap profiles."""
 
 DEPTH = 24
 """Frames that are kept of each allocation: below the call path's own, which are 8, there is room for the method's."""
@@ -50,7 +48,7 @@ class Tracing:
             self._timer = reactor().call_later(KEEP, self.stop)
             assert self._since is not None
             if first:
-                return "tracing begins with this profile: what was allocated before is not in here; ask again in a while"
+                return "tracing begins with this profile: ask again in a while for who has allocated what since"
             age = time.monotonic() - self._since
             return f"traced for {age:.0f} s: what was allocated before is not in here"
 
@@ -66,19 +64,22 @@ _tracing = Tracing()
 
 
 def take(collect: bool) -> Profile:
-    """What is allocated now, since tracing began; with `collect` without what only the garbage collector would find."""
-    comment = _tracing.ask()
+    """What is allocated now, since tracing began; with `collect` without what only the garbage collector would find. Where it
+    begins just now, all objects by type."""
     if collect:
         gc.collect()
+    places = Places()
+    counted, remarks = ([], ()) if tracemalloc.is_tracing() else census(places)
+    comment = _tracing.ask()
     started = time.time()
     try:
         ours = [tracemalloc.Filter(False, file) for file in (__file__, tracemalloc.__file__)]
         grouped = tracemalloc.take_snapshot().filter_traces(ours).statistics("traceback")
     except RuntimeError:
-        return Profile("heap", TYPES, "inuse_space", [], [], started, comments=("tracing was stopped meanwhile",))
+        comments = ("tracing was stopped meanwhile", *remarks)
+        return Profile("heap", TYPES, "inuse_space", places.places, counted, started, comments=comments)
     lines = {(frame.filename, frame.lineno) for each in grouped for frame in each.traceback}
     functions = _functions({file for file, _ in lines})
-    places = Places()
     number = {}
     for file, line in lines:
         code = functions.get((file, line))
@@ -88,8 +89,8 @@ def take(collect: bool) -> Profile:
         Sample(tuple(number[frame.filename, frame.lineno] for frame in reversed(each.traceback)), (each.count, each.size))
         for each in grouped
     ]
-    overhead = f"tracemalloc itself uses {tracemalloc.get_tracemalloc_memory()} bytes"
-    return Profile("heap", TYPES, "inuse_space", places.places, samples, started, comments=(comment, overhead))
+    comments = (comment, f"tracemalloc itself uses {tracemalloc.get_tracemalloc_memory()} bytes", *remarks)
+    return Profile("heap", TYPES, "inuse_space", places.places, counted + samples, started, comments=comments)
 
 
 def _functions(files: set[str]) -> dict[tuple[str, int], CodeType]:

@@ -8,10 +8,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from types import FrameType
+from types import AsyncGeneratorType, FrameType
 from typing import Any
 
-from .calls import labels_of
+from .calls import current_frames, labels_of
 from .values import MAX_DEPTH, TOO_DEEP, Labels, Places, Profile, Sample, Stack
 
 TYPES = (("threads", "count"), ("tasks", "count"))
@@ -23,12 +23,12 @@ def take() -> Profile:
     started = time.time()
     found: Counter[tuple[Stack, Labels, bool]] = Counter()
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    for ident, frame in sys._current_frames().items():
+    for ident, frame in current_frames().items():
         stack, frames = places.of_stack(frame)
         name = names.get(ident, f"not Python's own, {ident}")
         found[stack, (*labels_of(frames), ("thread", name)), False] += 1
     for task in _tasks():
-        coroutine = list(_suspended(task.get_coro()))
+        coroutine = list(suspended(task.get_coro()))
         coroutine.reverse()
         kept = coroutine[:MAX_DEPTH]
         stack = tuple(places.of_frame(frame) for frame in kept)
@@ -54,7 +54,7 @@ def _tasks() -> Iterator[Any]:
             yield from sorted(asyncio.all_tasks(loop), key=lambda task: str(task.get_name()))
 
 
-def _suspended(coroutine: Any) -> Iterator[FrameType]:
+def suspended(coroutine: Any) -> Iterator[FrameType]:
     """The frames of a coroutine and of what it awaits, the outermost first. One that is running shows in its thread's stack
     as well, with what it has called."""
     while coroutine is not None:
@@ -66,4 +66,5 @@ def _suspended(coroutine: Any) -> Iterator[FrameType]:
                 coroutine = getattr(coroutine, awaited)
                 break
         else:
-            return
+            # What waits for the next item of an async generator has that among what it refers to, and nowhere else.
+            coroutine = next((each for each in gc.get_referents(coroutine) if type(each) is AsyncGeneratorType), None)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from types import CodeType, FrameType
 from typing import NamedTuple
+
+from ..vars import origin
 
 MAX_DEPTH = 200
 """Frames of a stack that are kept, the innermost: beyond that it is a recursion, and pprof's graphs cannot show it anyway."""
@@ -41,12 +40,6 @@ class Sample(NamedTuple):
     labels: Labels = ()
 
 
-@cache
-def this_process(pid: int) -> str:
-    """A name that no other process has; `pid` is this one's, so that a fork gets a name of its own."""
-    return f"{pid}-{secrets.token_hex(6)}"
-
-
 @dataclass
 class Profile:
     """``types`` are names and units of each sample's values, ``default`` the name of that which is looked at first.
@@ -64,7 +57,7 @@ class Profile:
     seconds: float = 0.0
     period: int = 0
     comments: tuple[str, ...] = ()
-    process: str = field(default_factory=lambda: this_process(os.getpid()))
+    process: str = field(default_factory=origin)
 
     def total(self, name: str) -> int:
         """The sum of the values of type `name` over all samples."""
