@@ -56,6 +56,30 @@ class LoadInfo:
 
 
 @dataclass(frozen=True)
+class ProcessInfo:
+    """A process of a machine: ``"supervisor"``, ``"0"``, …; bytes that it holds, seconds of processors that it has used since
+    it began, threads."""
+
+    process: str
+    pid: int
+    rss: int
+    cpu: float
+    threads: int
+
+
+@dataclass(frozen=True)
+class Vitals:
+    """All that is asked for again and again while somebody looks. `cpu` is the share of the host's processors that was busy
+    since it was asked for last, in percent; None the first time."""
+
+    memory: MemInfo
+    disk: DiskInfo
+    load: LoadInfo
+    cpu: float | None
+    processes: tuple[ProcessInfo, ...]
+
+
+@dataclass(frozen=True)
 class Notice:
     """A machine will be taken away by whoever lends it (`kind` ``"interruption"``), or probably will (``"rebalance"``).
 

@@ -39,6 +39,14 @@ class Program:
     digest: str | None = None
     file: Path | None = None
 
+    @property
+    def name(self) -> str:
+        """For people: ``bigpi.py``, ``app.pex``; empty where it is none that could be executed again."""
+        if self.file is not None and self.digest:
+            return self.file.name
+        kept = self.argv[1 : len(self.argv) - self.own_args]
+        return Path(kept[-1]).name if kept and "-c" not in kept else ""
+
 
 @dataclass(frozen=True)
 class Order:
@@ -74,6 +82,10 @@ class Launcher(Protocol):
     It may have a method ``timeline(id) -> Sequence[info.Step]``: the steps within `launch`, as far as machine `id` has got, the
     last of them the one that failed. And ``summary() -> str``: a line about what the session has cost, which the driver
     prints when all machines are ended; empty where there is nothing to say.
+
+    For whoever looks at the session: ``detail(id) -> Mapping[str, str]``, what machine `id` is to the system (``{"instance":
+    "i-0abc", "type": "m7i.large"}``), and ``hourly(id) -> float | None``, the USD an hour that it costs. These two are asked
+    often, and answer at once, without looking anything up.
     """
 
     name: str

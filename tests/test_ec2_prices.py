@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +196,38 @@ def test_dollars(amount: float, text: str) -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert prices.duration(seconds) == text
+
+
+def test_prices_for_those_who_cannot_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    answer: float | None = 0.036
+    told, go = threading.Semaphore(0), threading.Event()
+
+    def look(api: object, type: str, market: str, zone: str) -> float | None:
+        assert go.wait(10)
+        asked.append(type)
+        told.release()
+        return answer
+
+    monkeypatch.setattr(prices, "hourly", look)
+    known = prices.Prices(FakeApi())
+    of = ("m7i.large", SPOT, "eu-central-1a")
+    assert known.of(*of) is None
+    assert known.of(*of) is None  # It is being looked up, once.
+    go.set()
+    assert told.acquire(timeout=10)
+    eventually(lambda: known.of(*of) == 0.036)
+    assert asked == ["m7i.large"]
+    monkeypatch.setattr(prices, "FRESH", 0.0)
+    answer = None  # Nobody says any more: what was known holds.
+    assert known.of(*of) == 0.036
+    assert told.acquire(timeout=10)
+    assert known.of(*of) == 0.036
+    assert told.acquire(timeout=10)
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

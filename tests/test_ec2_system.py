@@ -471,3 +471,17 @@ def test_what_it_has_cost(launcher: Ec2Launcher, aws: Aws, file: Path, monkeypat
     assert launcher.summary() == "much"
     assert [row[:3] for row in rows] == [("m7i.large", "spot", "us-east-1a")] * 2
     assert all(0 <= row[3] < SOON for row in rows)
+
+
+def test_what_there_is_to_see_of_a_machine(
+    launcher: Ec2Launcher, aws: Aws, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (order,) = orders(file, 1)
+    assert (launcher.detail(order.id), launcher.hourly(order.id)) == ({}, None)
+    launcher.launch([order])
+    placed(launcher, 1)
+    monkeypatch.setattr(launcher._prices, "of", lambda *kind: 0.05 if kind == ("m7i.large", "spot", "us-east-1a") else None)
+    there = launcher.detail(order.id)
+    assert there.pop("instance").startswith("i-")
+    assert there == {"type": "m7i.large", "market": "spot", "zone": "us-east-1a"}
+    assert launcher.hourly(order.id) == 0.05

@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
-from bigmachine.supervisor.vitals import disk_info, load_info, mem_info
+from bigmachine.supervisor import vitals
+from bigmachine.supervisor.vitals import Gauge, disk_info, load_info, mem_info
 
 
 def test_memory_of_host_and_processes() -> None:
@@ -57,3 +59,56 @@ def test_a_disk_that_is_full(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 def test_load() -> None:
     load = load_info()
     assert min(load.load1, load.load5, load.load15) >= 0
+
+
+def test_vitals_of_a_machine() -> None:
+    gone = subprocess.Popen([sys.executable, "-c", "pass"])
+    gone.wait()
+    gauge = Gauge()
+    first = gauge.read({"supervisor": os.getpid(), "0": gone.pid})
+    assert first.cpu is None  # There is nothing to compare with.
+    (own,) = first.processes
+    assert (own.process, own.pid) == ("supervisor", os.getpid())
+    assert own.rss > 0
+    assert own.cpu > 0
+    assert own.threads >= 1
+    assert 0 < first.memory.processes < first.memory.total
+    assert first.disk.path == disk_info().path
+
+
+def test_how_busy_the_processors_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    Times = namedtuple("Times", "user nice system idle iowait irq softirq steal guest guest_nice")
+    said = [
+        Times(10, 0, 0, 90, 0, 0, 0, 0, 5, 0),
+        Times(40, 0, 0, 150, 10, 0, 0, 0, 20, 0),
+        Times(40, 0, 0, 150, 10, 0, 0, 0, 20, 0),
+    ]
+    monkeypatch.setattr(vitals.psutil, "cpu_times", lambda: said.pop(0))
+    monkeypatch.setattr(vitals, "SOON", 0.0)
+    gauge = Gauge()
+    assert gauge.read({}).cpu is None
+    assert gauge.read({}).cpu == pytest.approx(30.0)  # A guest's time is a part of the user's.
+    assert gauge.read({}).cpu == pytest.approx(30.0)  # No time has passed.
+    monkeypatch.setattr(vitals, "SOON", 60.0)
+    assert gauge.read({}).cpu == pytest.approx(30.0)
+    assert not said
+
+
+def test_shared_pages_are_not_weighed_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    weighed: list[int] = []
+
+    def held_by(pid: int) -> int:
+        weighed.append(pid)
+        return 1000
+
+    monkeypatch.setattr(vitals, "_held_by", held_by)
+    monkeypatch.setattr(vitals, "WORTH", 1e9)
+    gauge = Gauge()
+    pids = {"supervisor": os.getpid(), "0": os.getpid()}  # As in the system `test`: one process, counted once.
+    assert [gauge.read(pids).memory.processes for _ in range(3)] == [1000] * 3
+    assert weighed == [os.getpid()]
+    monkeypatch.setattr(vitals, "WORTH", 0.0)
+    again = Gauge()
+    for _ in range(3):
+        again.read(pids)
+    assert len(weighed) == 4

@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from ..info import VERSION, DiskInfo, Info, LoadInfo, MemInfo, platform_name, python_version
+from ..info import VERSION, DiskInfo, Info, LoadInfo, MemInfo, Vitals, platform_name, python_version
 from ..rpc.methods import call_context
 from ..rpc.stats import MethodStats, Stats
 from .workers import Event, Workers
 
 if TYPE_CHECKING:
     from ..vars import Sample
+    from .vitals import Gauge
 
 DEATH_WITHIN = 0.3
 """Seconds within which a supervisor knows of a death: the kernel tells it at once, but its last output is read first."""
@@ -46,6 +47,7 @@ class SupervisorService:
         self._blob: bytes | None = None
         self._digest = ""
         self._parallel: list[str] = []
+        self._gauge: Gauge | None = None
 
     def ping(self) -> str:
         """Says the machine's id."""
@@ -119,6 +121,15 @@ class SupervisorService:
         from .vitals import load_info
 
         return load_info()
+
+    def vitals(self) -> Vitals:
+        """Memory, disk, load, and the machine's processes: for whoever looks again and again."""
+        from .vitals import Gauge
+
+        with self._lock:
+            gauge = self._gauge = self._gauge or Gauge()
+        pids = {"supervisor": os.getpid(), **{str(number): pid for number, pid in self._workers.pids().items()}}
+        return gauge.read(pids)
 
     def pids(self) -> dict[int, int]:
         """The service processes' process ids, by number."""

@@ -20,8 +20,8 @@ from .output import OutputCapture
 from .processes import Processes
 
 Event = tuple[Any, ...]
-"""``("output", process, stream, data)``, ``("log", text)``, ``("notice", kind, deadline, text)`` as in `info.Notice`, or
-``("death", summary, last_output)``."""
+"""``("output", process, stream, data)``, ``("log", text)``, ``("notice", kind, deadline, text)`` as in `info.Notice`, what
+`pressure` says of the memory, or ``("death", summary, last_output)``."""
 
 POLL = 5.0
 """Seconds between two looks whether the reader of events is still there. What happens wakes it at once."""
@@ -48,6 +48,9 @@ class Workers(Protocol):
         """Nobody will read the events any more."""
 
     def log(self, text: str) -> None:
+        """An event of the supervisor's own, for people."""
+
+    def tell(self, event: Event) -> None:
         """An event of the supervisor's own."""
 
     def notice(self, notice: Notice) -> None:
@@ -197,9 +200,10 @@ class ProcessWorkers:
     def log(self, text: str) -> None:
         """See `Workers`. At most a thousand wait: somebody may knock at the door for hours."""
         if len(self._own) < 1000:
-            self._tell(("log", text))
+            self.tell(("log", text))
 
-    def _tell(self, event: Event) -> None:
+    def tell(self, event: Event) -> None:
+        """See `Workers`."""
         with self._changed:
             self._own.append(event)
             self._changed.notify_all()
@@ -207,7 +211,7 @@ class ProcessWorkers:
 
     def notice(self, notice: Notice) -> None:
         """See `Workers`."""
-        self._tell(("notice", notice.kind, notice.deadline, notice.text))
+        self.tell(("notice", notice.kind, notice.deadline, notice.text))
         if notice.kind == "interruption":
             message = {"type": "drain", "deadline": notice.deadline}
             with self._changed:

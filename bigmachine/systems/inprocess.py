@@ -21,6 +21,7 @@ from ..info import Notice
 from ..machine import Machine
 from ..program import digest
 from ..rpc.reactor import reactor
+from ..supervisor.pressure import HOST, Pressure, Reading
 from ..supervisor.serve import Supervisor
 from ..supervisor.workers import POLL, Event
 from ..system import Launched, Order
@@ -83,6 +84,10 @@ class _Threads:
         """See `Workers`."""
         self._events.put(("log", text))
 
+    def tell(self, event: Event) -> None:
+        """See `Workers`."""
+        self._events.put(event)
+
     def obituary(self) -> str | None:
         """See `Workers`."""
         return self._obituary
@@ -127,6 +132,7 @@ class _Machine:
         self.callbacks: list[Callable[[str], None]] = []
         self.notify: Callable[[Notice], None]
         self.reason: str | None = None
+        self.pressure = Pressure()
         self.supervisor = Supervisor(order.id, context, self, self.workers, reactor(), order.lease)
         self.thread = threading.Thread(target=self._run, name=f"bigmachine-{order.id}", daemon=True)
         self.thread.start()
@@ -212,6 +218,13 @@ class TestLauncher:
         else:
             text = f"the machine will be taken away in {seconds:g} s"
             self._of(machine).notify(Notice(kind, time.time() + seconds, text))
+
+    def fill(self, machine: Machine, percent: float = 97.0) -> None:
+        """As if so much of the memory of `machine`'s host were in use: from 95 on it is unhealthy, below 90 no more."""
+        total = 1 << 34
+        said = self._of(machine).pressure.look(time.monotonic(), [Reading(round(total * percent / 100), total, HOST)])
+        if said is not None:
+            self._of(machine).workers.tell(said)
 
     def _of(self, machine: Machine) -> _Machine:
         there = self._machines.get(machine.id)

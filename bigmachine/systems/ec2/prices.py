@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import math
 import threading
 import time
 from collections import Counter
@@ -34,6 +35,9 @@ LEAST = 60.0
 
 PATIENCE = 5.0
 """Seconds that `session_cost` looks for prices: it is asked when a program ends, and nobody waits longer for a line."""
+
+FRESH = 1800.0
+"""Seconds for which `Prices` takes a price to hold."""
 
 _KIND = "ec2"
 """Of the cache's entries."""
@@ -85,6 +89,34 @@ def hourly_prices(api: Calls, kinds: Iterable[tuple[str, str, str]], patience: f
     for thread in threads:
         thread.join(max(0.0, until - time.monotonic()))
     return dict(found)
+
+
+class Prices:
+    """`hourly` for those who cannot wait: what is known by now, looked up on a thread when first asked for, and again after
+    `FRESH` seconds, as spot prices change."""
+
+    def __init__(self, api: Calls) -> None:
+        self._api = api
+        self._lock = threading.Lock()
+        self._known: dict[tuple[str, str, str], float | None] = {}
+        self._asked: dict[tuple[str, str, str], float] = {}
+
+    def of(self, type: str, market: str, zone: str) -> float | None:
+        """USD an hour; None where nobody says, or has said yet."""
+        kind = type, market, zone
+        now = time.monotonic()
+        with self._lock:
+            known = self._known.get(kind)
+            if now - self._asked.get(kind, -math.inf) < FRESH:
+                return known
+            self._asked[kind] = now
+        threading.Thread(target=self._look, args=(kind,), name="bigmachine-price", daemon=True).start()
+        return known
+
+    def _look(self, kind: tuple[str, str, str]) -> None:
+        price = hourly(self._api, *kind)
+        with self._lock:
+            self._known[kind] = price if price is not None else self._known.get(kind)
 
 
 def session_cost(api: Calls, rows: Iterable[Row]) -> str:

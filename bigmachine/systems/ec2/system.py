@@ -36,7 +36,7 @@ from .images import Image, find_image
 from .instances import ALIVE, ours
 from .launching import Attempt, Placed, Wanted, attempts, data_space, launch, markets, place, volumes
 from .network import Network, find_network
-from .prices import session_cost
+from .prices import Prices, session_cost
 from .settings import SECTION, Settings
 from .types import InstanceType, architecture, instance_types
 from .upkeep import Upkeep, say
@@ -108,6 +108,7 @@ class Ec2Launcher:
         self.settings = load(Settings, SECTION, given)
         self._extra = [_read(path) for path in self.settings.cloudconfig], [_read(path) for path in self.settings.units]
         self._api = Api(self.settings)
+        self._prices = Prices(self._api)
         self._trust = Trust()
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -303,6 +304,20 @@ class Ec2Launcher:
         now = time.time()
         rows = [(where.type, where.market, where.zone, (each.ended_at or now) - each.placed_at) for where, each in placed]
         return session_cost(self._api, rows)
+
+    def detail(self, id: str) -> dict[str, str]:
+        """See `system.Launcher`: the instance, its type, market and zone."""
+        machine = self._machines.get(id)
+        placed = machine.placed if machine is not None else None
+        if placed is None:
+            return {}
+        return {"instance": placed.id, "type": placed.type, "market": placed.market, "zone": placed.zone}
+
+    def hourly(self, id: str) -> float | None:
+        """See `system.Launcher`."""
+        machine = self._machines.get(id)
+        placed = machine.placed if machine is not None else None
+        return None if placed is None else self._prices.of(placed.type, placed.market, placed.zone)
 
     def _live(self) -> list[str]:
         """The instances of machines that are wanted."""

@@ -20,7 +20,7 @@ import itertools
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 
 from ...errors import PackError, UsageError
@@ -244,6 +244,11 @@ class SshLauncher:
         """See `system.Launcher`."""
         machine = self._machines.get(id)
         return machine.steps() if machine is not None else []
+
+    def detail(self, id: str) -> Mapping[str, str]:
+        """See `system.Launcher`: the host, as the user calls it."""
+        machine = self._machines.get(id)
+        return {"host": machine.target.name} if machine is not None else {}
 
     def console(self, id: str) -> str:
         """See `system.Launcher`: what the agent, then the supervisor, has said on its standard error."""
