@@ -2,14 +2,14 @@
 # make test   lint, types and tests; needs nothing done before it. As root on Debian it installs what tests of machines
 #             elsewhere need (tests/hosts/), and leaves them out with a reason where there is none of it
 # make bench  measure against the floor (benchmarks/README.md); make bench-pack measures packing,
-# make bench-boot machines elsewhere
+# make bench-boot machines elsewhere, make bench-inside what it costs to be looked at
 # make wheel, make cli, make platforms   what releases are made of (packaging/README.md)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
 .NOTPARALLEL:
-.PHONY: pi test lint bench bench-pack bench-boot wheel cli platforms clean
+.PHONY: pi test lint bench bench-pack bench-boot bench-inside wheel cli platforms clean
 
 pi: $(VENV)/run.stamp
 	@$(BIN)/python examples/bigpi.py -n 20000000 -nmach 5
@@ -30,6 +30,9 @@ bench-pack: $(VENV)/run.stamp
 
 bench-boot: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/bench_boot.py
+
+bench-inside: $(VENV)/run.stamp
+	$(BIN)/python benchmarks/bench_inside.py
 
 wheel: $(VENV)/run.stamp
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .

@@ -15,7 +15,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from types import FunctionType
+from types import FunctionType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from .errors import BigmachineError, UsageError
@@ -31,6 +31,10 @@ PREFIX = "bigm."
 
 FLAGS: dict[str, tuple[type, str]] = {
     "system": (str, "where machines come from: local (default), ssh, ec2, test, or one that a package registers"),
+    "http": (str, "where to serve the debug page: host:port (localhost:3333, or the next port that is free), or off"),
+    "logdir": (str, "a directory that gets a file of each machine's output"),
+    "events": (str, "a file that gets what happens, as JSON lines"),
+    "bundle": (str, "a directory that gets a report, in one file, when the program fails"),
     "maxprocs": (int, "service processes of a machine that parallel methods may use (local: 1; ssh, ec2: the host's cores)"),
     "port": (int, "local, ssh: port of a host's first machine, the next ones count up (0: any free port); ec2: of each (443)"),
     "hosts": (str, "ssh: the hosts, such as ada,grace:2222,me@h3, or @FILE with one a line"),
@@ -58,7 +62,7 @@ FLAGS: dict[str, tuple[type, str]] = {
     "ec2units": (str, "ec2: files of systemd units that machines start"),
 }
 """Every flag: its type and its help. One of type bool needs no value (and may have ``=true`` or ``=false``). A system takes
-those that its launcher has a parameter for."""
+those that its launcher has a parameter for; the session itself takes http, logdir, events, bundle."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -147,7 +151,8 @@ def start(system: str | Launcher | None = None, **options: Any) -> Session:
 
     Where there is no program that could be executed again (a shell, a notebook) machines run the bare toolkit.
     `system` is a name or a launcher; by default what the flag ``-bigm.system`` says, else ``local``. `options` are the
-    system's own (``maxprocs=4``) and override flags. Raises `UsageError` on an unknown system or option.
+    system's own (``maxprocs=4``), or the session's (``http="off"``, ``logdir``, ``events``, ``bundle``), and override flags.
+    Raises `UsageError` on an unknown system or option.
     """
     main_names = _main_names()
     if CONTROL in os.environ:
@@ -209,10 +214,38 @@ def _end_at_exit(session: Session) -> None:
     def end() -> None:
         session = reference()
         if session is not None:
+            error: BaseException | None = getattr(sys, "last_value", None)  # By which the interpreter ends, if any.
+            if error is not None:
+                session.fail(error)
             session.shutdown()
 
     atexit.register(end)
+    _fail_by_exceptions(session)
     _end_by_signals()
+
+
+_watched: weakref.WeakSet[Session] = weakref.WeakSet()
+"""Sessions that are told of the exception by which the program ends."""
+
+
+def _fail_by_exceptions(session: Session) -> None:
+    """An exception that nobody catches ends the program: sessions are told while there can be threads, that is, before
+    `atexit`. Not at a prompt, where the program goes on."""
+    if hasattr(sys, "ps1") or sys.flags.interactive:
+        return
+    first = not _watched
+    _watched.add(session)
+    earlier = sys.excepthook
+    if not first or getattr(earlier, "bigmachine", False):
+        return
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        earlier(kind, error, trace)
+        for session in list(_watched):
+            session.fail(error)
+
+    hook.bigmachine = True  # type: ignore[attr-defined]
+    sys.excepthook = hook
 
 
 def _end_by_signals() -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import secrets
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
@@ -14,8 +13,11 @@ from typing import Any, Protocol
 from .boot import NOTICE, Boot, Services
 from .credentials import Credentials, Role
 from .errors import BigmachineError, MachineStopped, Unreachable, UsageError
+from .events import Events, Failures, first_line
 from .info import Notice, Step
 from .keepalive import LEASE, Keepalive
+from .logs import Logs
+from .logs.ahead import Ahead
 from .machine import Machine, Network
 from .rpc.calls import Call
 from .rpc.streams import pack_item
@@ -26,17 +28,22 @@ from .system import Launcher, Order, Program
 GRACE = 3.0
 """Seconds that services have between SIGTERM and SIGKILL when a machine is shut down."""
 
+LATE = 8
+"""A keepalive's reply is late after this part of the lease: half the time after which it is taken to have failed."""
+
 GIVE_UP = 10.0
 """Seconds after `GRACE` in which a machine that was asked to end must have done so; then its system ends it."""
-
-MAX_LINE = 1 << 20
-"""Bytes of a machine's output without an end of line that are held back: so as to keep lines whole, not to keep a memory."""
 
 READ_ON = 0.5
 """Seconds in which a machine that is gone is still read: it may have said why. Shorter than `machine.EXPLAIN_WITHIN`."""
 
+SAVED = "what was saved when its memory ran short is in"
+
+AT_LEISURE = 0.3
+"""Seconds after a machine's end in which its output is mostly written; what then is not is read into memory."""
+
 TAIL = 40
-"""Lines of a machine's output that are kept for error messages."""
+"""Lines of a machine's output that error messages show."""
 
 
 class Issuer(Protocol):
@@ -49,13 +56,32 @@ class Fleet:
     """What starts machines for a session: where they come from, who vouches for them, what they execute."""
 
     def __init__(
-        self, launcher: Launcher, issuer: Issuer, program: Program, network: Network, *, lease: float = LEASE
+        self,
+        launcher: Launcher,
+        issuer: Issuer,
+        program: Program,
+        network: Network,
+        *,
+        lease: float = LEASE,
+        name: str = "",
+        logs: Logs | None = None,
     ) -> None:
+        """`name` is the session's; `logs` gets what machines say, by default standard error alone."""
         self.launcher = launcher
         self.issuer = issuer
         self.program = program
         self.network = network
         self.lease = lease
+        self.name = name
+        self.began = time.time()
+        self.events = Events()
+        self._failures = Failures(self.events, network.reactor.call_later)
+        network.on_failure = self._failures.failed
+        self.logs = Logs() if logs is None else logs
+        self.environ: dict[str, str] = {}
+        """What was added to machines' environments: reports must not have its secrets."""
+        self.unhealthy: Callable[[Machine, Sequence[Any]], None] = lambda machine, event: None
+        """Called with what a machine's supervisor says of its memory; quick, and set by whoever can do something about it."""
 
     def start(
         self,
@@ -63,16 +89,18 @@ class Fleet:
         services: Mapping[str, object],
         environ: Mapping[str, str],
         args: Sequence[str] | None,
-        write: Callable[[str], None],
         taken: Collection[str],
     ) -> list[Owned]:
-        """Start `n` machines; `write` gets what they say, `taken` are ids not to be used. See `Session.start`."""
+        """Start `n` machines; `taken` are ids not to be used. See `Session.start`."""
         if n < 1:
             raise UsageError(f"cannot start {n} machines")
         check_services(services)
         encoded = Services(self._encode(services), parallel_methods(services))
         program = _with(self.program, environ, args)
-        owned = [Owned(id, self, write, encoded) for id in _new_ids(n, taken)]
+        self.environ.update(environ)
+        owned = [Owned(id, self, encoded) for id in _new_ids(n, taken)]
+        for each in owned:
+            self.events.emit("machine.ordered", each.machine.id, services=sorted(services))
         threading.Thread(target=_launch, args=(self, program, owned), name="bigmachine-launch", daemon=True).start()
         return owned
 
@@ -92,13 +120,28 @@ class Fleet:
         steps: Callable[[str], Sequence[Step]] | None = getattr(self.launcher, "timeline", None)
         return steps(id) if steps is not None else ()
 
+    def detail(self, id: str) -> Mapping[str, str]:
+        """What machine `id` is to its system, such as the instance and its type, where the system knows."""
+        detail: Callable[[str], Mapping[str, str]] | None = getattr(self.launcher, "detail", None)
+        return detail(id) if detail is not None else {}
+
+    def hourly(self, id: str) -> float | None:
+        """USD an hour that machine `id` costs; None where nobody says."""
+        hourly: Callable[[str], float | None] | None = getattr(self.launcher, "hourly", None)
+        return hourly(id) if hourly is not None else None
+
     def summary(self) -> str:
         """What the session has cost, where the system knows."""
         summary: Callable[[], str] | None = getattr(self.launcher, "summary", None)
         return summary() if summary is not None else ""
 
+    def ended(self, failure: BaseException | None) -> None:
+        """The session has ended; `failure` is why the program did."""
+        self.events.emit("session.ended", error=None if failure is None else first_line(failure))
+
     def close(self) -> None:
         """All machines are ended: release what the launcher holds."""
+        self._failures.close()
         self.launcher.close()
 
 
@@ -147,18 +190,19 @@ def _launch(fleet: Fleet, program: Program, owned: Sequence[Owned]) -> None:
 class Owned:
     """One machine that this session owns: its boot, its keepalive, its output, its end."""
 
-    def __init__(self, id: str, fleet: Fleet, write: Callable[[str], None], services: Services) -> None:
+    def __init__(self, id: str, fleet: Fleet, services: Services) -> None:
         network = fleet.network
         self.machine = Machine(id, network, owned=True)
         self.machine.on_end(self.end)
+        self.machine.on_death(self._died)
+        self.machine.on_state(self._on_state)
         self._fleet = fleet
         self._network = network
         self._services = services
-        self._write = write
-        self._tail: deque[str] = deque(maxlen=TAIL)
-        self._partial: dict[tuple[int, str], bytes] = {}
+        self._feed = fleet.logs.feed(id, lambda: self.machine.addr)
         self._keepalive = Keepalive(network.reactor, self._renew, self._lost_lease, lease=fleet.lease)
         self._reader: threading.Thread | None = None
+        self._events: Ahead[tuple[Any, ...]] | None = None
         self._lock = threading.Lock()
         self._ending = False
         self._begun = threading.Event()
@@ -193,8 +237,9 @@ class Owned:
             lambda: self._fleet.timeline(self.machine.id),
             self._network.codec,
             self._fleet.program.digest,
+            self._on_step,
         )
-        self.machine.on_timeline(boot.timeline)
+        self.machine.on_timeline(boot.timeline, boot.step)
         self._fleet.launcher.on_end(self.machine.id, self._vanished)
         threading.Thread(target=self._boot, args=(boot,), name=f"bigmachine-boot-{self.machine.id}", daemon=True).start()
 
@@ -209,6 +254,16 @@ class Owned:
         except BigmachineError:
             pass  # It was stopped at the last moment.
 
+    def _emit(self, kind: str, **fields: Any) -> None:
+        self._fleet.events.emit(kind, self.machine.id, **fields)
+
+    def _on_state(self, machine: Machine) -> None:
+        error = None if machine.error is None else first_line(machine.error)
+        self._emit("machine.state", state=str(machine.state), address=machine.addr, error=error)
+
+    def _on_step(self, step: Step, failed: bool) -> None:
+        self._emit("boot.step", step=step.name, began=step.began, seconds=round(step.seconds, 6), failed=failed)
+
     def _connected(self) -> None:
         with self._lock:
             if self._ending:
@@ -222,26 +277,36 @@ class Owned:
     def _renew(self, lease: float, on_reply: Any) -> None:
         started = time.monotonic()
         call: Call[Any] = Call()
+        late = self._network.reactor.call_later(lease / LATE, lambda: self._emit("keepalive.late", seconds=None))
 
         def done(_: object) -> None:
-            error = call.exception()
-            on_reply(time.monotonic() - started if error is None else error)
+            late.cancel()
+            error, seconds = call.exception(), time.monotonic() - started
+            if error is None and seconds > lease / LATE:
+                self._emit("keepalive.late", seconds=round(seconds, 6))
+            on_reply(seconds if error is None else error)
             self.machine.keepalive_reply_times = tuple(self._keepalive.reply_times)
             self.machine.next_keepalive = self._keepalive.next_keepalive
-            if error is not None:
-                self._look()
+            if error is None:
+                self.machine.keepalive_error = ""
+            else:
+                self._unkept(error)
 
         call.add_done_callback(done)
         codec = self._network.codec
         encoded = codec.encode_call("Supervisor.keepalive", (lease,), {})
         try:
             self.machine.supervisor.submit(call, "Supervisor.keepalive", encoded, lease / 4)
-        except Unreachable:
-            self._look()
+        except Exception as error:  # Whatever it is, it counts as a failure (`keepalive.Keepalive`).
+            late.cancel()
+            self._unkept(error)
             raise
 
-    def _look(self) -> None:
+    def _unkept(self, error: BaseException) -> None:
         """A keepalive has failed. The system may know what it would take a lease to find out."""
+        self.machine.keepalive_error = first_line(error)
+        if not self._ending:
+            self._emit("keepalive.failed", error=first_line(error))
         reason = self._fleet.launcher.ended(self.machine.id)
         if reason is not None:
             self._vanished(reason)
@@ -270,15 +335,15 @@ class Owned:
         while True:
             try:
                 with machine.supervisor.stream("Supervisor.events", (), {}, None) as events:
-                    for event in events:
+                    self._events = Ahead(events)
+                    for event in self._events:
                         self._on_event(event)
                 break
             except Unreachable:
                 self._fleet.launcher.ended(self.machine.id)  # Where the launcher has to look, it is time to.
                 if self._ending or machine.state is State.STOPPED or not self._retry_reading():
                     break
-        for key in list(self._partial):
-            self._say(key, b"\n")
+        self._feed.close()
 
     def _retry_reading(self) -> bool:
         try:
@@ -290,37 +355,33 @@ class Owned:
     def _on_event(self, event: tuple[Any, ...]) -> None:
         match event:
             case ("output", int(process), str(stream), bytes(data)):
-                self._say((process, stream), data)
+                self._feed.data("supervisor" if process < 0 else str(process), stream, data)
             case ("log", str(text)):
-                self._say((-1, "log"), f"bigmachine: {text}\n".encode())
+                self._feed.line(text)
+            case ("unhealthy" | "healthy", *_):
+                self._fleet.unhealthy(self.machine, event)
             case ("notice", str(kind), float() | None as deadline, str(text)):
                 self.machine.noticed(Notice(kind, deadline, text))
-                self._say((-1, "log"), f"bigmachine: {text}\n".encode())
+                self._emit("machine.notice", notice=kind, deadline=deadline, text=text)
+                self._feed.line(text)
             case ("death", _, _) if self.machine.state < State.RUNNING:
                 pass  # The boot is told as well, and knows at which step it was.
             case ("death", str(summary), str(last_output)):
+                if self.machine.saved:
+                    summary += f"; {SAVED} {self.machine.saved}"
                 text = f"{summary}; its last output:\n{last_output.rstrip()}" if last_output.strip() else summary
-                error = MachineStopped(self.machine.addr, text, sent=True)
-                name = f"bigmachine-lost-{self.machine.id}"
-                threading.Thread(target=self.lost, args=(error,), name=name, daemon=True).start()
-
-    def _say(self, source: tuple[int, str], data: bytes) -> None:
-        """Whole lines, each with the machine's address in front."""
-        data = self._partial.pop(source, b"") + data
-        if len(data) > MAX_LINE and b"\n" not in data:
-            data += b"\n"
-        *whole, rest = data.split(b"\n")
-        if rest:
-            self._partial[source] = rest
-        if whole:
-            lines = [line.decode("utf-8", "replace") for line in whole]
-            self._tail.extend(lines)
-            self._write("".join(f"{self.machine.addr}: {line}\n" for line in lines))
+                self._died(text)
 
     def _last_output(self) -> str:
-        return "\n".join(self._tail) or self._fleet.launcher.console(self.machine.id)
+        return "\n".join(self._feed.tail(TAIL)) or self._fleet.launcher.console(self.machine.id)
 
     # -- Death -------------------------------------------------------------------------------------------------------
+
+    def _died(self, text: str) -> None:
+        """The machine's services have: its supervisor says so among the rest of what it says, or was asked by a call."""
+        error = MachineStopped(self.machine.addr, text, sent=True)
+        name = f"bigmachine-lost-{self.machine.id}"
+        threading.Thread(target=self.lost, args=(error,), name=name, daemon=True).start()
 
     def lost(self, error: BaseException) -> None:
         """The machine is gone, or of no use: calls fail at once; then whatever is left of it is ended."""
@@ -374,16 +435,31 @@ class Owned:
             self.machine.disconnect()
             self.ordered.wait(GIVE_UP)
             self._fleet.launcher.stop(self.machine.id, GIVE_UP if self._graceful else 0.0)
+            self.await_output(GIVE_UP)
         finally:
             self._gone.set()
 
+    def await_output(self, timeout: float | None = None) -> None:
+        """Until all that the machine has said is written; it is gone, but who reads our standard error may be slow."""
+        if self._reader is not None and self._reader is not threading.current_thread():
+            self._reader.join(timeout)
+
     def _await_end(self) -> None:
-        """Until the machine has done as it was asked, and its output is written."""
+        """Until the machine has done as it was asked, and its output is here."""
         try:
             if self._asked is None or self._asked.exception(GRACE + GIVE_UP + 1.0) is not None:
                 return
         except TimeoutError:
             return
         reader = self._reader
-        if reader is not None and reader is not threading.current_thread():
-            reader.join(GIVE_UP)
+        if reader is None or reader is threading.current_thread():
+            return
+        reader.join(AT_LEISURE)
+        if reader.is_alive() and self._events is not None:
+            rest = threading.Thread(target=self._events.rest, name=f"bigmachine-rest-{self.machine.id}", daemon=True)
+            try:
+                rest.start()
+            except RuntimeError:
+                self._events.rest()  # From Python 3.12 on, `atexit` is too late for threads.
+            else:
+                rest.join(GIVE_UP)

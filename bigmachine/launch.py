@@ -15,12 +15,16 @@ from typing import Any, NamedTuple
 from .credentials import Role, client_context
 from .errors import UsageError
 from .fleet import Fleet
+from .inside.looking import look_inside
+from .inside.settings import SECTION, Settings
+from .logs import Logs
 from .machine import Network
 from .program import packed, packed_program
 from .rpc.codec import Codec
 from .rpc.reactor import reactor
 from .rpc.streams import Stream
 from .session import Session
+from .settings import fields, load
 from .system import ENTRY_POINTS, Launcher, Program
 
 SYSTEMS = {
@@ -76,7 +80,10 @@ def open_session(
     main_names: frozenset[str],
 ) -> Session:
     """A driver's session, with an authority of its own that lives only in this process."""
-    launcher = make_launcher(system, options, required)
+    own = {each.flag for each in fields(Settings, SECTION)}
+    settings = load(Settings, SECTION, {name: value for name, value in options.items() if name in own})
+    launcher = make_launcher(system, {name: options[name] for name in options.keys() - own}, required - own)
+    logs = Logs(directory=Path(settings.logdir) if settings.logdir else None)  # Before anything has begun: it may raise.
     if ships := tuple(getattr(launcher, "ships", ())):
         program = packed_file(program, ships)
     launcher.prepare()
@@ -86,7 +93,13 @@ def open_session(
     authority = Authority(name)
     credentials = authority.issue(Role.DRIVER, name)
     network = Network(lambda: client_context(credentials), Codec(main_names, Stream), reactor())
-    return Session(network, fleet=Fleet(launcher, authority, program, network))
+    session = Session(network, fleet=Fleet(launcher, authority, program, network, name=name, logs=logs))
+    try:
+        look_inside(session, settings)
+    except BaseException:
+        session.shutdown()
+        raise
+    return session
 
 
 class Command(NamedTuple):

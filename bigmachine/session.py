@@ -6,41 +6,44 @@ What it takes to own machines (`fleet`) is not imported here: a service's proces
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 from .credentials import Credentials
 from .errors import UsageError
 from .machine import Machine, Network
 
 if TYPE_CHECKING:
+    from .events import Events
     from .fleet import Fleet, Owned
-
-
-_writing = threading.Lock()
-"""Held by who writes what machines say: an unbuffered stderr (``python -u``) would cut large pieces of two into each other."""
+    from .logs import Logs
+    from .rpc.calls import Call
 
 
 class Session:
     """See the module. A driver's session is a context manager: at its end all its machines are shut down.
 
-    ``address`` is this process's own machine's in a service, "" in the driver.
+    ``address`` is this process's own machine's in a service, "" in the driver. ``failed`` is the exception that has ended the
+    program, None where none has. ``captures`` are what was saved of machines that were not well.
     """
 
-    def __init__(
-        self, network: Network, *, address: str = "", fleet: Fleet | None = None, output: TextIO | None = None
-    ) -> None:
+    def __init__(self, network: Network, *, address: str = "", fleet: Fleet | None = None) -> None:
         self.address = address
         self._network = network
         self._fleet = fleet
-        self._output = output
         self._lock = threading.Lock()
         self._owned: list[Owned] = []
         self._dialled: dict[str, Machine] = {}
         self._closed = False
         self._process = os.getpid()
+        self._at_failure: list[Callable[[BaseException], object]] = []
+        self._at_end: list[Callable[[], object]] = []
+        self.failed: BaseException | None = None
+        self.captures: list[dict[str, Any]] = []
 
     # -- Machines ----------------------------------------------------------------------------------------------------
 
@@ -64,7 +67,7 @@ class Session:
             if self._closed:
                 raise UsageError("the session has been shut down")
             taken = {owned.machine.id for owned in self._owned}
-            new = self._fleet.start(n, services, environ or {}, args, self._write, taken)
+            new = self._fleet.start(n, services, environ or {}, args, taken)
             self._owned.extend(new)
         return [owned.machine for owned in new]
 
@@ -121,7 +124,82 @@ class Session:
 
         return take(self, kind, seconds, gc, machine).pprof()
 
+    # -- Seeing inside -----------------------------------------------------------------------------------------------
+
+    @property
+    def fleet(self) -> Fleet:
+        """What a driver's session is made of. Raises `UsageError` in a service."""
+        if self._fleet is None:
+            raise UsageError("only the driver's session knows that; this one is a service's")
+        return self._fleet
+
+    @property
+    def name(self) -> str:
+        """``s-1a2b3c4d``, which is in the driver's certificate; raises `UsageError` in a service."""
+        return self.fleet.name
+
+    @property
+    def system(self) -> str:
+        """Where its machines come from: ``"local"``, ``"ec2"``, …; raises `UsageError` in a service."""
+        return self.fleet.launcher.name
+
+    @property
+    def events(self) -> Events:
+        """What has happened; raises `UsageError` in a service."""
+        return self.fleet.events
+
+    @property
+    def logs(self) -> Logs:
+        """What its machines have said; raises `UsageError` in a service."""
+        return self.fleet.logs
+
+    def handle_debug(self, app: Any = None, prefix: str = "/debug/bigmachine") -> Any:
+        """Serve the debug page, and all below it, under `prefix` of an ASGI application of yours. Returns the application:
+        `app` itself where it can mount others (Starlette, FastAPI), else one that serves `prefix`, and hands all else to `app`.
+
+        Who may ask is that application's affair. Raises `UsageError` in a service.
+        """
+        from .inside.routes import mount  # The driver's, and of no use to most.
+
+        self.fleet  # noqa: B018  # Raises in a service.
+        return mount(self, app, prefix)
+
+    def progress(self, calls: Iterable[Call[Any]], desc: str = "", total: int | None = None) -> Iterator[Call[Any]]:
+        """Iterate over `calls` as they end, beside a bar on the terminal, or in the notebook, with rate and time left.
+
+        `total` is their number, where they have no length. See `bigmachine.progress`.
+        """
+        from .progress import progress  # tqdm: for those who want a bar.
+
+        return progress(self, calls, desc, total)
+
+    def say(self, text: str) -> None:
+        """Write a line of bigmachine's own."""
+        if self._fleet is not None:
+            self._fleet.logs.say(text)
+        else:
+            print(f"bigmachine: {text}", file=sys.stderr)
+
     # -- The end -----------------------------------------------------------------------------------------------------
+
+    def at_failure(self, callback: Callable[[BaseException], object]) -> None:
+        """Call `callback(error)` when the program fails, while the machines are still there."""
+        self._at_failure.append(callback)
+
+    def at_end(self, callback: Callable[[], object]) -> None:
+        """Call `callback()` when all machines are ended; the last one that was given first."""
+        self._at_end.append(callback)
+
+    def fail(self, error: BaseException) -> None:
+        """The program has failed. Only the first error counts, and none after the end."""
+        if self.failed is not None or self._closed or os.getpid() != self._process:
+            return
+        self.failed = error
+        for callback in self._at_failure:
+            try:
+                callback(error)
+            except Exception as failure:  # The program's own error is the one to be seen.
+                self.say(f"{type(failure).__name__} while the failure was looked into: {failure}")
 
     def shutdown(self) -> None:
         """End every machine of the session, at the same time; returns when they are gone and their output is written.
@@ -148,24 +226,46 @@ class Session:
         for machine in dialled:
             machine.stopped(None)
             machine.disconnect()
+        try:
+            if first:  # Whoever is interrupted here, and comes again at the program's exit, does not wait again.
+                for each in owned:
+                    each.await_output()
+            if self._fleet is not None and first and (summary := self._fleet.summary()):
+                self.say(summary)
+        finally:
+            if self._fleet is not None:
+                self._fleet.close()  # A launch may still be under way.
+            if first:
+                self._end()
+
+    def _end(self) -> None:
+        """All machines are ended."""
         if self._fleet is not None:
+            self._fleet.ended(self.failed)
+        while self._at_end:
             try:
-                if first and (summary := self._fleet.summary()):
-                    self._write(f"bigmachine: {summary}\n")
-            finally:  # A launch may still be under way.
-                self._fleet.close()
+                self._at_end.pop()()
+            except Exception as error:  # The others are to be ended, too.
+                self.say(f"{type(error).__name__} at the end: {error}")
 
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.shutdown()
-
-    def _write(self, text: str) -> None:
-        stream = self._output or sys.stderr
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
-            with _writing:
-                stream.write(text)
-                stream.flush()
-        except (OSError, ValueError):
-            pass  # Nobody reads it any more; that is no reason for the program to fail.
+            if error is not None and is_failure(error):
+                self.fail(error)
+        finally:
+            self.shutdown()
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether a program that ends by `error` has failed: not where it has said that all is well, ``sys.exit(0)``, nor where
+    SIGTERM or SIGHUP has ended it (`driver`), as whoever sent that waits. Ctrl-C counts: what is interrupted often hung."""
+    return not (isinstance(error, SystemExit) and error.code in (None, 0, *SIGNALLED))
+
+
+SIGNALLED = (128 + signal.SIGTERM, 128 + signal.SIGHUP)
+"""Exit codes."""

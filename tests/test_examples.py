@@ -128,6 +128,7 @@ def test_bigpi(tmp_path: Path) -> None:
         "distributing work among 2 cores",
         r"total=\d+ nsamples=200001",
     ]
+    assert re.fullmatch(r"bigmachine: status at http://localhost:\d+/debug/bigmachine/", driver.pop(0))
     assert len(driver) == len(shape), ran.stderr
     for line, expected in zip(driver, shape, strict=True):
         assert re.fullmatch(f"{STAMP} {expected}", line)

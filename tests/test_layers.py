@@ -19,7 +19,7 @@ from bigmachine.pack.imports import syntax
 ROOT = Path(__file__).parent.parent
 
 LAYERS: list[set[str]] = [
-    {"errors", "state", "info", "retry", "address", "settings", "vars"},
+    {"errors", "state", "info", "retry", "address", "settings", "vars", "events", "logs"},
     {"rpc", "credentials", "authority", "cache", "bootstrap"},
     {"pack"},
     {"services", "system", "profiling"},
@@ -27,7 +27,7 @@ LAYERS: list[set[str]] = [
     {"machine"},
     {"boot", "keepalive"},
     {"fleet"},
-    {"inside"},
+    {"inside", "progress"},
     {"session"},
     {"supervisor", "worker", "toolkit"},
     {"systems"},
@@ -51,6 +51,7 @@ NARROWER: dict[str, set[str]] = {
 """Parts that may import less than their layer allows (and themselves)."""
 
 _ASYNCIO = "asyncio: for those who use it; a worker starts without"
+_TRACES = "OpenTelemetry: for processes that have loaded it"
 _VITALS = "psutil, 20 ms and 1.6 MB: for machines that are asked"
 _DEATH = "dataclasses and re, 20 ms: no part of what comes before the first service process starts"
 
@@ -59,9 +60,9 @@ _FORK = "driver and worker are the same program: each imports its own half, 60 a
 _FILE = "a packed file is taken apart by its driver alone, and mostly not even there: machines run the same module"
 _SHIPS = "only for machines that have nothing of the program yet"
 _MISS = "http and much of pex: not for what was resolved before"
-_COMMAND = "each needs modules that take longer to load than the others take to run"
 _FLAGS = "driver, and what argparse makes of its flags, 6 ms: for the commands that have them"
 _INSIDE = "for those who look inside"
+_UNHEALTHY = "for machines that run out of memory"
 _PROMETHEUS = "60 ms, as it has an HTTP server: only for those who want that format"
 _SETTINGS = "for those who have such a file, or a mistake in it"
 
@@ -75,6 +76,8 @@ IMPORTS_INSIDE_FUNCTIONS: dict[tuple[str, str, str], str] = {
     ("bigmachine.rpc.codec", "_names", "pickletools"): "2 ms: only to explain an error",
     ("bigmachine.supervisor.main", "main", "bigmachine.supervisor.local"): "the program is executed before anything else",
     ("bigmachine.rpc.calls", "__await__", "asyncio"): _ASYNCIO,
+    ("bigmachine.rpc.tracing", "calling", "bigmachine.rpc.spans"): _TRACES,
+    ("bigmachine.rpc.tracing", "serving", "bigmachine.rpc.spans"): _TRACES,
     ("bigmachine.rpc.server", "event_loop", "bigmachine.rpc.eventloop"): _ASYNCIO,
     ("bigmachine.rpc.codec", "_dump", "bigmachine.rpc.byvalue"): "cloudpickle, 26 ms: most programs never need it",
     (
@@ -89,11 +92,22 @@ IMPORTS_INSIDE_FUNCTIONS: dict[tuple[str, str, str], str] = {
     ("bigmachine.supervisor.service", "mem_info", "bigmachine.supervisor.vitals"): _VITALS,
     ("bigmachine.supervisor.service", "disk_info", "bigmachine.supervisor.vitals"): _VITALS,
     ("bigmachine.supervisor.service", "load_info", "bigmachine.supervisor.vitals"): _VITALS,
+    ("bigmachine.supervisor.service", "vitals", "bigmachine.supervisor.vitals"): _VITALS,
     ("bigmachine.worker", "vars", "bigmachine.vars"): _INSIDE,
     ("bigmachine.supervisor.service", "vars", "bigmachine.vars"): _INSIDE,
     ("bigmachine.session", "variables", "bigmachine.inside.variables"): _INSIDE,
     ("bigmachine.worker", "profile", "bigmachine.profiling"): _INSIDE,
+    ("bigmachine.worker", "doing", "bigmachine.profiling.doing"): _INSIDE,
     ("bigmachine.session", "profile", "bigmachine.inside.profiles"): _INSIDE,
+    ("bigmachine.session", "progress", "bigmachine.progress"): "tqdm, for those who want a bar",
+    ("bigmachine.inside.server", "_run", "bigmachine.inside.serving"): "starlette and uvicorn, 0.3 s: for those who connect",
+    ("bigmachine.session", "handle_debug", "bigmachine.inside.routes"): _INSIDE,
+    ("bigmachine.inside.bundle", "write", "bigmachine.inside.evidence"): "zipfile, and whatever looks inside: for a report",
+    ("bigmachine.inside.bundle", "__init__", "bigmachine.inside.evidence"): "where failures are reported, and before they are",
+    ("bigmachine.inside.unhealthy", "_make_folder", "tempfile"): _UNHEALTHY,
+    ("bigmachine.inside.unhealthy", "_save_heap", "bigmachine.inside.profiles"): _UNHEALTHY,
+    ("bigmachine.inside.unhealthy", "_save_threads", "bigmachine.inside.profiles"): _UNHEALTHY,
+    ("bigmachine.inside.unhealthy", "_save_variables", "bigmachine.inside.variables"): _UNHEALTHY,
     ("bigmachine.inside.variables", "as_prometheus", "prometheus_client"): _PROMETHEUS,
     ("bigmachine.inside.variables", "_families", "prometheus_client.core"): _PROMETHEUS,
     ("bigmachine.cache", "default_root", "platformdirs"): "not needed where a variable names the cache",
@@ -115,16 +129,10 @@ IMPORTS_INSIDE_FUNCTIONS: dict[tuple[str, str, str], str] = {
     ("bigmachine.pack.resolve", "resolve", "bigmachine.pack.index"): _MISS,
     ("bigmachine.pack.resolve", "resolve", "bigmachine.pack.resolver"): _MISS,
     ("bigmachine.pack.index", "_default_index", "pex.resolve.package_repository"): _MISS,
-    ("bigmachine.cli", "_command", "bigmachine.cli.pack"): _COMMAND,
-    ("bigmachine.cli", "_command", "bigmachine.cli.info"): _COMMAND,
-    ("bigmachine.cli", "_command", "bigmachine.cli.cache"): _COMMAND,
-    ("bigmachine.cli", "_command", "bigmachine.cli.config"): _COMMAND,
-    ("bigmachine.cli", "_command", "bigmachine.cli.doctor"): _COMMAND,
-    ("bigmachine.cli", "_command", "bigmachine.cli.ps"): _COMMAND,
-    ("bigmachine.cli", "_command", "bigmachine.cli.gc"): _COMMAND,
-    ("bigmachine.cli", "_command", "bigmachine.cli.completion"): _COMMAND,
     ("bigmachine.cli.arguments", "_add_flags", "bigmachine.driver"): _FLAGS,
     ("bigmachine.cli.terminal", "progress", "bigmachine.cli.live"): "rich, 50 ms: only for terminals",
+    ("bigmachine.cli.top", "run", "bigmachine.cli.screen"): "rich again",
+    ("bigmachine.progress", "__init__", "tqdm.auto"): "50 ms, as it has asyncio: not where no bar can be drawn",
 }
 """(module, function, what it imports) → the reason. "It is slow" is one, where the process mostly does without."""
 
@@ -142,7 +150,10 @@ DRIVER_ONLY: dict[str, tuple[str, ...]] = {
     "packaging": ("bigmachine.pack",),
     "prometheus_client": ("bigmachine.inside",),
     "rich": ("bigmachine.cli",),
+    "tqdm": ("bigmachine.progress",),
     "shtab": ("bigmachine.cli",),
+    "starlette": ("bigmachine.inside",),
+    "uvicorn": ("bigmachine.inside",),
 }
 """Distributions that workers do not have, and the modules, or packages, that may import each."""
 

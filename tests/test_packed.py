@@ -14,6 +14,7 @@ import stat
 import subprocess
 import sys
 import threading
+import urllib.request
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 
 import pytest
 from rpc_pair import SOON
+from test_layers import DRIVER_ONLY
 from wheelhouse import make_wheelhouse, offline
 
 import bigmachine
@@ -251,9 +253,26 @@ def test_machines_run_what_was_packed_and_nothing_of_the_host(file: Path, tmp_pa
 def test_workers_import_nothing_that_only_a_driver_needs(file: Path, tmp_path: Path) -> None:
     modules = eval(run(file, "modules", cwd=tmp_path).stdout)
     assert {"h2", "bigmachine", "helper"} <= set(modules)
-    assert not {"cryptography", "cffi", "platformdirs", "packaging", "pex", "shiv", "rich", "boto3", "paramiko"} & set(
-        modules
-    )
+    assert not {*DRIVER_ONLY, "cffi", "pex", "shiv"} & set(modules)
+
+
+def test_its_driver_serves_the_debug_page(file: Path) -> None:
+    command = [file, "input", "-bigm.http=localhost:0"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        assert process.stderr is not None
+        watchdog = threading.Timer(RUN_TIMEOUT, process.kill)
+        watchdog.start()
+        address = process.stderr.readline().rpartition(" ")[2].strip()
+        found = {}
+        for name in ("", "static/page.js", "static/page.css", "static/flame.js"):
+            with urllib.request.urlopen(address + name, timeout=RUN_TIMEOUT) as answer:
+                found[name] = answer.read()
+        process.communicate("\n")
+        watchdog.cancel()
+    assert process.returncode == 0
+    page = Path(bigmachine.__file__).parent / "inside" / "page"
+    assert found == {name: (page / Path(name or "index.html").name).read_bytes() for name in found}
 
 
 def test_variables_of_the_interpreter_have_their_effect_on_machines(file: Path, tmp_path: Path) -> None:

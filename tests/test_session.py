@@ -14,8 +14,9 @@ import pytest
 
 from bigmachine import State, boot
 from bigmachine.errors import BootError, MachineStopped, NotPicklable, Unreachable, UsageError
-from bigmachine.fleet import MAX_LINE, Owned, _with
+from bigmachine.fleet import Owned, _with
 from bigmachine.info import Notice, Step
+from bigmachine.logs.lines import MAX_LINE
 from bigmachine.rpc.calls import Call
 from bigmachine.session import Session
 from bigmachine.system import Launched, Launcher, Order, Program

@@ -22,6 +22,7 @@ from bigmachine.cli.arguments import make_parser
 from bigmachine.cli.config import SECTIONS
 from bigmachine.driver import FLAGS, take_flags
 from bigmachine.errors import UsageError
+from bigmachine.inside import settings as inside
 from bigmachine.launch import find_system
 from bigmachine.settings import DEFAULT, Section, fields, load, setting, toml
 from bigmachine.systems import local
@@ -30,7 +31,8 @@ from bigmachine.systems.ec2 import settings as ec2
 from bigmachine.systems.ssh import SshLauncher
 from bigmachine.systems.ssh import settings as ssh
 
-KINDS: dict[str, type[Section]] = {"local": local.Settings, "ssh": ssh.Settings, "ec2": ec2.Settings}
+SYSTEMS: dict[str, type[Section]] = {"local": local.Settings, "ssh": ssh.Settings, "ec2": ec2.Settings}
+KINDS = {"session": inside.Settings, **SYSTEMS}
 
 
 @pytest.fixture(autouse=True)
@@ -374,7 +376,7 @@ def test_settings_that_contradict_each_other_are_named_with_their_origins() -> N
 # -- Flags ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("system", KINDS)
+@pytest.mark.parametrize("system", SYSTEMS)
 def test_each_setting_has_a_flag(system: str) -> None:
     for each in fields(KINDS[system], system):
         kind, text = FLAGS[each.flag]
@@ -396,7 +398,7 @@ def test_each_flag_has_a_setting() -> None:
     assert flags == FLAGS.keys() - {"system"}
 
 
-@pytest.mark.parametrize("system", KINDS)
+@pytest.mark.parametrize("system", SYSTEMS)
 def test_each_setting_is_an_option_of_the_launcher(system: str) -> None:
     parameters = inspect.signature(find_system(system)).parameters
     assert dict.fromkeys(parameters) == {name: each.default for name, each in parameters.items()}
@@ -409,7 +411,7 @@ def test_the_readme_has_all_of_them() -> None:
     told = {
         (flag, system, key)
         for _, flags, *keys, _, _ in table
-        for system, names in zip(KINDS, keys, strict=True)
+        for system, names in zip(["session"] if len(keys) == 1 else SYSTEMS, keys, strict=True)
         for flag, key in zip(re.findall(r"`-bigm\.(\w+)`", flags), re.findall(r"`(\w+)`", names), strict=False)
     }
     assert told == {(each.flag, system, each.key) for system in KINDS for each in fields(KINDS[system], system)}
@@ -533,7 +535,7 @@ def test_config_shows_every_value_with_its_origin(
     assert 'type = ["c7i.large"] # environment BIGMACHINE_EC2_TYPE' in lines
     assert f'region = "eu-west-1" # [ec2] in {file}' in lines
     assert "publicip = false # flag -bigm.ec2publicip" in lines
-    assert set(tomllib.loads(out)) == {"local", "ssh", "ec2"}
+    assert set(tomllib.loads(out)) == {"session", "local", "ssh", "ec2"}
     assert tomllib.loads(config(capsys, "--system", "ssh")).keys() == {"ssh"}
     assert tomllib.loads(config(capsys, "-bigm.system=ec2")).keys() == {"ec2"}
 
@@ -555,7 +557,7 @@ def test_config_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--system", "moon"], "no such system, or without settings: 'moon'; there are local, ssh, ec2"),
+        (["--system", "moon"], "no such system, or without settings: 'moon'; there are session, local, ssh, ec2"),
         (["-bigm.system=test"], "no such system, or without settings: 'test'"),
         (["-bigm.moon=1"], "unrecognized arguments: -bigm.moon=1"),
         (["-bigm.ec2diskspace=big"], "invalid int value: 'big'"),

@@ -47,7 +47,9 @@ from ..errors import (
     UsageError,
 )
 from ..fleet import Fleet
+from ..inside import monitor, profiles, variables
 from ..launch import bare_program, packed_file
+from ..logs import Logs
 from ..machine import Machine, Network
 from ..rpc.client import Client
 from ..rpc.codec import Codec
@@ -80,8 +82,10 @@ class Cluster:
         driver = self.authority.issue(Role.DRIVER, name)
         network = Network(lambda: client_context(driver), Codec(stream_type=Stream), reactor())
         ships = tuple(getattr(launcher, "ships", ()))
-        fleet = Fleet(launcher, self.authority, _toolkit(ships) if ships else bare_program(), network, **options)
-        self.session = Session(network, fleet=fleet, output=self.output)
+        program = _toolkit(ships) if ships else bare_program()
+        logs = options.pop("logs", None) or Logs(stream=self.output)
+        fleet = Fleet(launcher, self.authority, program, network, logs=logs, **options)
+        self.session = Session(network, fleet=fleet)
 
     def start(self, n: int = 1, services: Mapping[str, object] | None = None, **options: Any) -> list[Machine]:
         """Machines on their way, with services that the tests know unless `services` are given."""
@@ -174,6 +178,30 @@ class Conformance:
         assert 0 < disk.free <= disk.total
         assert 0 <= disk.used_percent <= 100
         assert load.load1 >= 0
+
+    def test_it_can_be_looked_into(self, cluster: Cluster, machines: list[Machine]) -> None:
+        """What the debug page has of a machine does not depend on where it comes from."""
+        machines[1].call("Probe.hello", "you")
+        document = monitor.of(cluster.session).snapshot(fresh=True).value
+        assert document["session"]["system"] == cluster.launcher.name
+        shown = {each["id"]: each for each in document["machines"]}
+        for machine in machines:
+            entry = shown[machine.id]
+            assert (entry["state"], entry["missing"], entry["error"]) == ("RUNNING", None, None)
+            assert 0 <= entry["vitals"]["memory"]["percent"] <= 100
+            assert {"supervisor", "0"} <= {each["process"] for each in entry["processes"]}
+            assert {"connect", "setup"} <= {step["name"] for step in entry["boot"] if not step["failed"]}
+        served = {each["method"]: each["served"] for each in document["methods"]}
+        assert served["Probe.hello"]["count"] >= 1
+        assert served["Probe.hello"]["p50"] > 0
+
+    def test_profiles_and_variables_are_of_all_machines(self, cluster: Cluster, machines: list[Machine]) -> None:
+        taken = profiles.take(cluster.session, "threads", machine=machines[1])
+        assert not taken.missing
+        assert (machines[1].addr, "0") in taken.processes or not self.isolated
+        collected = variables.collect(cluster.session)
+        assert not collected.missing
+        assert {(machine.addr, "0") for machine in machines} <= collected.samples.keys()
 
     def test_keepalive_replies_are_timed(self, machine: Machine) -> None:
         eventually(lambda: machine.keepalive_reply_times, "a keepalive reply")

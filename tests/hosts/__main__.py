@@ -1,4 +1,5 @@
-"""Make this host fit for tests of machines elsewhere: install Debian's packages for them, and make their file systems.
+"""Make this host fit for tests of machines elsewhere, and of the debug page: install Debian's packages for them, and make the
+machines' file systems.
 
     PYTHONPATH=tests python -m hosts
 
@@ -13,15 +14,19 @@ import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
-from . import ec2, namespaces, network, roots
+from . import browser, ec2, namespaces, network, roots
 
 
 def main() -> None:
     if network.unavailable() or namespaces.unavailable(ec2.NEEDED, ec2.PACKAGES):
         install([*network.PACKAGES.split(), *ec2.PACKAGES.split()])
+    if browser.unavailable():  # By itself: not every Debian has this one, as a package.
+        install(browser.PACKAGES.split())
     network.unavailable.cache_clear()
     if reason := network.unavailable():
         print(f"no hosts for tests: {reason}")
+    if reason := browser.unavailable():
+        print(f"no browser for tests: {reason}")
     with ThreadPoolExecutor() as pool:  # mmdebstrap mostly waits: for the mirror, and for the disk.
         reasons = {reason for reason in pool.map(ec2.unavailable, roots.SUITES) if reason}
     for reason in sorted(reasons):
