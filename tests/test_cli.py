@@ -423,6 +423,9 @@ def test_shells_can_parse_the_completion(shell: str, capsys: pytest.CaptureFixtu
         ("ps -bigm.ec2publicip f", "false"),
         ("gc -bigm.ec2ondemand --dry", "--dry-run"),
         ("doctor e", "ec2"),
+        ("profile th", "threads"),
+        ("top --sort c", "cpu"),
+        ("logs --f", "--follow"),
     ],
 )
 def test_bash_completes(words: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,11 @@
-"""The command line: ``bigmachine pack``, ``info``, ``cache``, ``config``, ``doctor``, ``ps``, ``gc``, ``completion``.
+"""The command line: ``bigmachine pack``, ``info``, ``cache``, ``config``, ``doctor``, ``ps``, ``gc``, ``completion``; for a
+driver that runs, ``status``, ``top``, ``logs``, ``profile``, ``bundle``.
 
 Each command is a module with ``run(arguments) -> str``: it returns what standard output gets, and raises what goes wrong
 (`exits.Ended` where there is something to print nevertheless).
 `main` prints the one, and makes of the other a line on standard error and an exit code (`exits`). So there is one place where
-anything is printed in the end, and commands are tested as functions. What is shown meanwhile is `terminal`'s.
+anything is printed in the end, and commands are tested as functions. What is shown meanwhile is `terminal`'s; ``logs`` and
+``top`` print what they are asked for as it comes.
 
 ``--json`` prints one JSON object and nothing else; its keys are documented in the module of the command. Keys may be added.
 
@@ -14,6 +16,7 @@ imports only the parser, and then the command that was asked for.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
 import sys
@@ -23,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ..errors import BigmachineError, PackError, ResolveError, UsageError
 from .arguments import make_parser
-from .exits import DONE, FAILED, INTERRUPTED, UNREAD, UNRESOLVED, WRONG, Ended
+from .exits import DONE, FAILED, GONE, INTERRUPTED, UNRESOLVED, WRONG, Ended, Gone, show
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(128 + signalled.number, f"ended by {signal.Signals(signalled.number).name}")
     except UsageError as error:
         return _fail(WRONG, str(error))
+    except Gone as error:
+        return _fail(GONE, str(error))
     except PackError as error:
         code = UNRESOLVED if isinstance(error, ResolveError) else FAILED
         return _fail(code, error.reason, "" if quiet else error.details)
@@ -86,48 +91,15 @@ def _signals() -> Iterator[None]:
 
 def _command(name: str) -> Callable[[Namespace], str]:
     # Imported here, because each needs modules that take longer to load than the others take to run.
-    if name == "pack":
-        from . import pack
-
-        return pack.run
-    if name == "info":
-        from . import info
-
-        return info.run
-    if name == "cache":
-        from . import cache
-
-        return cache.run
-    if name == "config":
-        from . import config
-
-        return config.run
-    if name == "doctor":
-        from . import doctor
-
-        return doctor.run
-    if name == "ps":
-        from . import ps
-
-        return ps.run
-    if name == "gc":
-        from . import gc
-
-        return gc.run
-    from . import completion
-
-    return completion.run
+    run: Callable[[Namespace], str] = importlib.import_module(f".{name}", __package__).run
+    return run
 
 
 def _show(output: str) -> int:
     try:
-        print(output, end="\n" if output else "", flush=True)
-    except OSError as error:
-        # The rest is in a buffer, which the interpreter would try to write when it ends, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            return UNREAD
-        raise
+        show(output + "\n" if output else "")
+    except Ended as ended:
+        return ended.code
     return DONE
 
 

@@ -16,10 +16,19 @@ from .exits import MEANINGS, WRONG
 
 SHELLS = ("bash", "zsh", "tcsh")
 
+DRIVER = "localhost:3333"
+"""Where a driver is looked for. As in `inside.settings`, of which nothing is needed here."""
+
+SORTS = ("start", "cpu", "memory", "load")
+"""Of the machines in ``top``: the column that decides, the largest first."""
+
 WITH_FLAGS = ("config", "doctor", "ps", "gc")
 """Commands that take the flags of a program, too."""
 
-_ABOUT = "Pack programs that use bigmachine, and look after the machines that they run on."
+ATTACHED = ("status", "top", "logs", "profile", "bundle")
+"""Commands that look into a driver that runs."""
+
+_ABOUT = "Pack programs that use bigmachine, look into them while they run, and look after their machines."
 
 _PACK = """\
 Make one executable file of a program, with the distributions that it needs, for each platform.
@@ -42,6 +51,28 @@ _GC = """\
 End the machines whose session is gone: those whose time has run out, and those whose driver ran on this host and does
 not any more. Launch templates that were left over are deleted, too."""
 
+_DRIVER = """
+
+ADDRESS is what the driver has printed when it started (`status at http://localhost:3334/debug/bigmachine/`), or
+host:port. Default: localhost:3333."""
+
+_STATUS = f"""\
+Print what each machine is, does and needs, and the calls of each method.{_DRIVER}"""
+
+_TOP = f"""\
+Show what the machines do, as it goes on. Keys: c, m, l sort by processor, memory, load; o by start; / filters, j and k (or the
+arrows) scroll, p pauses, q leaves. Where standard output is no terminal, it is printed once.{_DRIVER}"""
+
+_LOGS = f"""\
+Print what the machines have said.{_DRIVER}"""
+
+_PROFILE = f"""\
+Take a profile of the driver and of the service processes of all machines, in one, and write it to a file for `go tool pprof`.
+KIND is profile (processor time over some seconds), heap, objects (memory by type) or threads.{_DRIVER}"""
+
+_BUNDLE = f"""\
+Write all there is to know about a run into one zip file: status, logs, variables, profiles, versions. No secrets.{_DRIVER}"""
+
 _COMPLETION = """\
 Print the code by which a shell completes bigmachine's commands, options and file names. To install it:
 
@@ -53,7 +84,18 @@ Print the code by which a shell completes bigmachine's commands, options and fil
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong."""
+    """Says in one line what is wrong. `last` is an argument that may be left out, and may come after options: argparse by
+    itself takes it for left out as soon as an option follows the arguments before it (before 3.13)."""
+
+    last = ""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """See `argparse.ArgumentParser`."""
+        found, rest = super().parse_known_args(args, namespace)
+        left_out = self.last and getattr(found, self.last) == self.get_default(self.last)
+        if left_out and rest and not rest[0].startswith("-"):
+            setattr(found, self.last, rest.pop(0))
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
         self.exit(WRONG, f"bigmachine: {message}; see `{self.prog} --help`\n")
@@ -84,6 +126,7 @@ def make_parser(words: Collection[str] = WITH_FLAGS) -> argparse.ArgumentParser:
     config.add_argument("--system", metavar="NAME", help="of one system only: local, ssh or ec2")
     _add_json(config, "print one JSON object")
     elsewhere = _add_elsewhere(commands)
+    _add_attached(commands)
     completion = _add(commands, "completion", "code by which a shell completes commands", _COMPLETION)
     completion.add_argument("shell", metavar="SHELL", choices=SHELLS, help="bash, zsh or tcsh")
     for command in (config, *elsewhere):
@@ -166,9 +209,45 @@ def _add_elsewhere(commands: argparse._SubParsersAction[_Parser]) -> tuple[_Pars
     return doctor, ps, gc
 
 
+def _add_attached(commands: argparse._SubParsersAction[_Parser]) -> None:
+    """`ATTACHED`. What stands in a KIND, a machine or in seconds the driver itself checks."""
+    status = _add(commands, "status", "how the machines of a running driver are", _STATUS)
+    top = _add(commands, "top", "the same, live", _TOP)
+    logs = _add(commands, "logs", "what its machines have said", _LOGS)
+    profile = _add(commands, "profile", "a profile of all its processes", _PROFILE)
+    bundle = _add(commands, "bundle", "all about a run in one file", _BUNDLE)
+    top.add_argument("--once", action="store_true", help="print it once, even on a terminal")
+    top.add_argument("--filter", metavar="WORDS", default="", help="only machines that have these words")
+    top.add_argument("--sort", metavar="BY", choices=SORTS, default="start", help=", ".join(SORTS))
+    logs.add_argument("-n", metavar="N", type=_lines, default=100, help="so many lines at most (default: 100)")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on as there are more, until the session ends")
+    profile.add_argument("kind", metavar="KIND", help="profile, heap, objects or threads")
+    profile.add_argument("--seconds", metavar="S", help="how long to look, for profile (default: 30)")
+    profile.add_argument("--gc", action="store_true", help="collect garbage before, for heap")
+    profile.add_argument("--text", action="store_true", help="print it as text for people")
+    for parser in (logs, profile):
+        parser.add_argument("--machine", metavar="M", help="of one only: a machine's id or address, or driver")
+    for parser in (profile, bundle):
+        parser.add_argument(
+            "-o", "--output", metavar="FILE", type=Path, help="the file to write (default: a new one in this directory)"
+        )
+    for parser in (status, top, logs, profile, bundle):
+        parser.add_argument("address", metavar="ADDRESS", nargs="?", default=DRIVER, help=f"of the driver ({DRIVER})")
+        parser.last = "address"
+        _add_json(parser)
+
+
 def _count(text: str) -> int:
+    return _number(text, "machines")
+
+
+def _lines(text: str) -> int:
+    return _number(text, "lines")
+
+
+def _number(text: str, what: str) -> int:
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"not a number of machines: {text!r}")
+        raise argparse.ArgumentTypeError(f"not a number of {what}: {text!r}")
     return int(text)
 
 

@@ -12,6 +12,7 @@ import shtab
 
 from ..pack.build import BUILDERS
 from ..pack.platforms import NAMES, PYTHONS
+from ..profiling import KINDS
 from .arguments import make_parser
 from .config import SECTIONS
 
@@ -21,6 +22,7 @@ CHOICES: dict[str, Sequence[str]] = {
     "builder": tuple(BUILDERS),
     "system": tuple(SECTIONS),
     "ec2publicip": ("true", "false"),
+    "kind": tuple(KINDS),
 }
 """Arguments whose values `arguments` does not know."""
 

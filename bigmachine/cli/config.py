@@ -17,11 +17,12 @@ from ..errors import UsageError
 from ..settings import Section, fields, load
 
 SECTIONS = {
+    "session": "bigmachine.inside.settings",
     "local": "bigmachine.systems.local",
     "ssh": "bigmachine.systems.ssh.settings",
     "ec2": "bigmachine.systems.ec2.settings",
 }
-"""By system: the module with its ``Settings``; only those that are shown are imported."""
+"""By system (and ``session``, for what all have): the module with its ``Settings``; only those that are shown are imported."""
 
 
 def run(arguments: Namespace) -> str:

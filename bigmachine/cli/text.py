@@ -18,8 +18,8 @@ def size(count: int) -> str:
 
 
 def number(count: int, noun: str) -> str:
-    """``1 part``, ``2 parts``, ``2 entries``."""
-    plural = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
+    """``1 part``, ``2 parts``, ``2 entries``, ``2 processes``."""
+    plural = noun[:-1] + "ies" if noun.endswith("y") else noun + ("es" if noun.endswith("s") else "s")
     return f"{count} {noun if count == 1 else plural}"
 
 
@@ -32,3 +32,33 @@ def table(rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset(), in
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         yield (indent + "  ".join(cells)).rstrip()
+
+
+def short(seconds: float) -> str:
+    """A time that has passed, in six characters: ``42s``, ``3m05s``, ``2h10m``, ``4d03h``."""
+    whole = max(0, int(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02}h"
+
+
+def latency(seconds: float) -> str:
+    """A time that something takes, with three digits: ``143 µs``, ``1.2 ms``, ``31.0 s``."""
+    for unit, scale in (("µs", 1e6), ("ms", 1e3)):
+        if seconds * scale < 999.5:
+            value = seconds * scale
+            return f"{value:.0f} {unit}" if value >= 99.5 else f"{value:.1f} {unit}"
+    return f"{seconds:.1f} s" if seconds < 999.5 else short(seconds)
+
+
+def brief(count: float) -> str:
+    """A large number, in five characters: ``512``, ``34M``, ``1.5G``; of bytes, by 1024."""
+    for unit in ("", "K", "M", "G"):
+        if count < 999.5:
+            return f"{count:.1f}{unit}" if unit and count < 9.95 else f"{count:.0f}{unit}"
+        count /= 1024
+    return f"{count:.1f}T"
