@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
+import json
 import os
 import statistics
 import subprocess
@@ -23,9 +25,12 @@ from harness import SMOKE, Rated, pump
 
 CLIENTS = 50
 EVERY = 2.0
-TURNS = 2 if SMOKE else 15
-SECONDS = 0.5 if SMOKE else 4.0
-"""Of half a turn: two rounds of all browsers."""
+SETTLED = 1.0 if SMOKE else 6.0
+"""Seconds after which all browsers have asked, and have been told when to come back."""
+
+TURNS = 2 if SMOKE else 12
+SECONDS = 0.5 if SMOKE else 5.0
+"""Of half a turn: a round of all browsers."""
 
 MACHINES = 2 if SMOKE else 200
 
@@ -60,11 +65,11 @@ async def _browse(port: int) -> None:
                 try:
                     if writer is None or reader is None:
                         reader, writer = await asyncio.open_connection("localhost", port)
-                    await _ask(reader, writer)
+                    poll = await _ask(reader, writer)
                 except (ConnectionError, asyncio.IncompleteReadError):  # The server closes connections that are idle.
                     reader = writer = None
                     continue
-                await asyncio.sleep(EVERY)
+                await asyncio.sleep(poll)
 
     clients = [asyncio.create_task(one(number)) for number in range(CLIENTS)]
     loop = asyncio.get_running_loop()
@@ -75,13 +80,15 @@ async def _browse(port: int) -> None:
     os._exit(0)
 
 
-async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> float:
+    """Seconds after which the document says to come back, as the page does."""
     writer.write(b"GET /debug/bigmachine/status.json HTTP/1.1\r\nHost: localhost\r\nAccept-Encoding: gzip\r\n\r\n")
     head = await reader.readuntil(b"\r\n\r\n")
     if not head.startswith(b"HTTP/1.1 200"):
         raise RuntimeError(f"not a status: {head[:100]!r}")
     (length,) = (line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
-    await reader.readexactly(int(length.split()[1]))
+    body = await reader.readexactly(int(length.split()[1]))
+    return float(json.loads(gzip.decompress(body))["poll"])
 
 
 class Browsers:
@@ -98,7 +105,7 @@ class Browsers:
 
     def __enter__(self) -> None:
         self._tell()
-        time.sleep(1.5 * EVERY)  # All of them have asked.
+        time.sleep(SETTLED)  # All of them have asked, and been told when to come back.
 
     def __exit__(self, *_: object) -> None:
         self._tell()

@@ -418,7 +418,11 @@ def test_profile_as_text_into_a_file_and_as_json(stub: Stub, capsys: pytest.Capt
     assert json.loads(said(capsys)[0]) == {"kind": "heap", "missing": [], "text": "heap: now\ntotal: 1 bytes"}
 
 
-@pytest.mark.parametrize("body", [b"", b"no gzip", a_profile("x")[:-9], gzip.compress(b"\x6a\x05\x09"), gzip.compress(b"\xff")])
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"no gzip", a_profile("x")[:-9], gzip.compress(b"\x6a\x05\x09"), gzip.compress(b"\xff")],
+    ids=["nothing", "no gzip", "cut", "cut within", "no profile"],
+)
 def test_what_is_no_profile(stub: Stub, body: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     stub.reply("pprof/heap", body)
     assert main(["profile", "heap", stub.address]) == exits.FAILED

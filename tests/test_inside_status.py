@@ -553,3 +553,22 @@ def parallel() -> Any:
             return n + 1
 
     return Counted()
+
+
+@pytest.mark.parametrize(
+    ("machines", "lookers", "expected"),
+    [(1, 1, (2.0, 2.0)), (40, 20, (2.0, 2.0)), (5, 50, (2.0, 5.0)), (200, 1, (5.0, 5.0)), (200, 80, (5.0, 8.0))],
+)
+def test_many_are_asked_and_look_less_often(machines: int, lookers: int, expected: tuple[float, float]) -> None:
+    assert monitor.pace(machines, lookers) == expected
+
+
+def test_who_looks_is_told_when_to_come_back(
+    session: Session, hurried: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitor, "POLLS", 1 / monitor.INTERVAL)  # One look in an interval is enough.
+    watched = monitor.of(session)
+    assert watched.snapshot().value["poll"] == monitor.INTERVAL
+    for _ in range(20):
+        watched.current()
+    assert watched.snapshot(fresh=True).value["poll"] == 22 * monitor.INTERVAL

@@ -2,6 +2,7 @@
 
 While somebody has looked within the last `LINGER` seconds, a thread asks all running machines every `INTERVAL` seconds, at the
 same time, and makes one document of it (`status`), as bytes: fifty browsers get the same ones. Nobody looks: nothing runs.
+Many machines are asked less often, and many who look are told to come back later (`pace`): looking must not slow the program.
 
 A machine that does not answer holds up the first document only, and for `WAIT` seconds at most. Later ones say for how long it
 has not answered, and show what it said last; it is not asked again before it has answered or `GIVE_UP` seconds have passed.
@@ -15,6 +16,7 @@ import secrets
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,7 +34,13 @@ from .cluster import Cluster
 from .status import Figures, Seen, document, first_line, is_ours
 
 INTERVAL = 2.0
-"""Seconds between two documents: what changes faster cannot be read anyway."""
+"""Seconds between two documents at least: what changes faster cannot be read anyway."""
+
+MACHINES = 40
+"""Machines that are asked a second, at most: each time costs about 2 ms of processor, shared by driver and machine."""
+
+POLLS = 10
+"""Answers a second to all who look, at most, as far as they do as the document says: one takes about 1 ms of the driver."""
 
 LINGER = 30.0
 """Seconds for which machines are asked after somebody has looked: histories go on while a page is loaded again."""
@@ -77,6 +85,8 @@ class Monitor:
         self._latest: Snapshot | None = None
         self._begun = 0  # The number of the document that is being made, or was made last.
         self._looked = 0.0
+        self._looks: deque[float] = deque(maxlen=1000)
+        self._interval = self._poll = INTERVAL
         self._hurry = False
         self._thread: threading.Thread | None = None
         self._closed: float | None = None
@@ -88,10 +98,11 @@ class Monitor:
         """The newest document, unless it is out of date. Never waits."""
         with self._lock:
             self._looked = time.monotonic()
+            self._looks.append(self._looked)
             latest = self._latest
             if latest is None or self._closed is not None:
                 return latest
-            return latest if self._looked - latest.made < INTERVAL + WAIT and self._thread is not None else None
+            return latest if self._looked - latest.made < self._interval + WAIT and self._thread is not None else None
 
     def snapshot(self, fresh: bool = False) -> Snapshot:
         """The newest document; one that is begun now, where it is out of date or is to be `fresh`. Waits for `WAIT` seconds and
@@ -155,7 +166,7 @@ class Monitor:
                     break
                 self._hurry = False
                 self._begun += 1
-            due = time.monotonic() + INTERVAL
+            due = time.monotonic() + self._interval
             try:
                 self._make(ask=True)
             except Exception:  # Who looks next begins anew.
@@ -171,8 +182,21 @@ class Monitor:
         assert session is not None  # Whoever looks has it.
         if ask:
             self._asker.ask(session.machines())
-        methods = self._asker.methods(session.machines())
-        value = document(session, self._asker.seen, methods, tick=self._begun, interval=INTERVAL, ended=self._closed)
+        machines = session.machines()
+        methods = self._asker.methods(machines)
+        with self._lock:
+            lookers = sum(1 for each in self._looks if each > time.monotonic() - self._poll)
+        running = sum(1 for each in machines if each.state is State.RUNNING)
+        self._interval, self._poll = pace(running, lookers)
+        value = document(
+            session,
+            self._asker.seen,
+            methods,
+            tick=self._begun,
+            interval=self._interval,
+            poll=self._poll,
+            ended=self._closed,
+        )
         body = json.dumps(value, separators=(",", ":"), default=str).encode()
         tag = f'"{self._nonce}-{self._begun}{"-end" if self._closed is not None else ""}"'
         snapshot = Snapshot(time.monotonic(), value, body, gzip.compress(body, 1, mtime=0), tag)
@@ -180,6 +204,12 @@ class Monitor:
             self._latest = snapshot
             self._lock.notify_all()
         return snapshot
+
+
+def pace(machines: int, lookers: int) -> tuple[float, float]:
+    """Seconds between two documents about so many machines, and after which so many who look should come back."""
+    interval = max(INTERVAL, machines / MACHINES)
+    return interval, max(interval, lookers / POLLS)
 
 
 _monitors: weakref.WeakKeyDictionary[Cluster, Monitor] = weakref.WeakKeyDictionary()

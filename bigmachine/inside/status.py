@@ -2,7 +2,8 @@
 
 ::
 
-    {"now": 1763800000.0, "interval": 2.0, "tick": 17,     # seconds as of 1970; between two documents; this one's number
+    {"now": 1763800000.0, "interval": 2.0, "poll": 2.0,    # seconds as of 1970; between two documents; until to look again
+     "tick": 17,                                           # this one's number
      "session": {"name", "system", "program", "digest", "version", "python", "began", "pid", "host", "lease",
                  "hourly", "cost", "ended", "failed"},     # USD; when it ended; by what, in a line
      "counts": {"RUNNING": 4, …},                          # machines by state
@@ -103,6 +104,7 @@ def document(
     *,
     tick: int,
     interval: float,
+    poll: float,
     ended: float | None = None,
 ) -> dict[str, Any]:
     """See the module. `seen` is by machines' ids."""
@@ -114,6 +116,7 @@ def document(
     return {
         "now": now,
         "interval": interval,
+        "poll": poll,
         "tick": tick,
         "session": _session(session, entries, ended),
         "counts": dict(sorted(Counter(str(each.state) for each in machines).items())),

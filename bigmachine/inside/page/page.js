@@ -104,7 +104,7 @@ class Page {
       this.failing = true;
     }
     this.pulse();
-    this.timer = setTimeout(() => this.poll(), 1000 * (this.status?.interval ?? EVERY));
+    this.timer = setTimeout(() => this.poll(), 1000 * (this.status?.poll ?? EVERY));
   }
 
   take(status) {
