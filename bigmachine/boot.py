@@ -73,7 +73,7 @@ class Boot:
     _started: float = 0.0
 
     def step(self) -> str:
-        """The one under way, as the system names it where it knows the steps within its own; empty where none is."""
+        """The one under way; empty where none is."""
         return self._step
 
     def timeline(self) -> list[Step]:

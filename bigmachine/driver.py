@@ -215,13 +215,18 @@ def _end_at_exit(session: Session) -> None:
         session = reference()
         if session is not None:
             error: BaseException | None = getattr(sys, "last_value", None)  # By which the interpreter ends, if any.
-            if error is not None:
+            if error is not None and not _is_prompt():  # There it is some mistake of the user's, long ago.
                 session.fail(error)
             session.shutdown()
 
     atexit.register(end)
     _fail_by_exceptions(session)
     _end_by_signals()
+
+
+def _is_prompt() -> bool:
+    """Whether somebody types what is executed: a shell, a notebook, ``python -i``."""
+    return hasattr(sys, "ps1") or bool(sys.flags.interactive)
 
 
 _watched: weakref.WeakSet[Session] = weakref.WeakSet()
@@ -231,7 +236,7 @@ _watched: weakref.WeakSet[Session] = weakref.WeakSet()
 def _fail_by_exceptions(session: Session) -> None:
     """An exception that nobody catches ends the program: sessions are told while there can be threads, that is, before
     `atexit`. Not at a prompt, where the program goes on."""
-    if hasattr(sys, "ps1") or sys.flags.interactive:
+    if _is_prompt():
         return
     first = not _watched
     _watched.add(session)

@@ -26,6 +26,7 @@ Emitting never raises and never waits for a reader. Fields are what JSON can wri
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -59,21 +60,29 @@ class Events:
 
     def __init__(self, kept: int = KEPT) -> None:
         self._lock = threading.RLock()  # A subscriber may emit, too.
+        self._process = os.getpid()
         self._last = 0
         self._kept: deque[Event] = deque(maxlen=kept)
         self._subscribers: list[Callable[[Event], None]] = []
 
     def emit(self, kind: str, machine: str = "", /, **fields: Any) -> None:
-        """It has happened now. Subscribers are called here, in the order of events."""
+        """It has happened now. Subscribers are called here, in the order of events. Without effect in a fork of the driver."""
+        if self.elsewhere:
+            return  # The lock may be held for ever there, and the file is the driver's.
         with self._lock:
             self._last += 1
             event = Event(self._last, time.time(), kind, machine, fields)
             self._kept.append(event)
-            for subscriber in self._subscribers:
+            for subscriber in tuple(self._subscribers):  # One that leaves now must not hide it from the next.
                 try:
                     subscriber(event)
                 except Exception:  # Who looks must not be in the way of what happens.
                     pass
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether this is a fork of the process whose events they are."""
+        return os.getpid() != self._process
 
     def since(self, after: int, limit: int = 1000) -> list[Event]:
         """The oldest `limit` of those that are kept and came after number `after`."""
@@ -86,7 +95,8 @@ class Events:
         return self.since(max(0, self._last - limit), limit)
 
     def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
-        """Call `callback` with every event from now on; it must be quick. Returns what ends that."""
+        """Call `callback` with every event from now on; it must be quick, and wait for no machine: whatever else happens waits
+        for it. Returns what ends that."""
         with self._lock:
             self._subscribers.append(callback)
 
@@ -125,6 +135,8 @@ class Failures:
 
     def failed(self, machine: str, method: str, process: str, seconds: float, error: BaseException) -> None:
         """A call has failed."""
+        if self._events.elsewhere:
+            return  # As in `emit`.
         fields = {"method": method, "process": process, "seconds": round(seconds, 6), "error": first_line(error)}
         with self._lock:
             known = self._since.get((machine, method))

@@ -205,6 +205,7 @@ class Owned:
         self._events: Ahead[tuple[Any, ...]] | None = None
         self._lock = threading.Lock()
         self._ending = False
+        self._dead = False  # The last keepalive said that its services are.
         self._begun = threading.Event()
         self._finishing = False
         self._graceful = True
@@ -282,15 +283,19 @@ class Owned:
         def done(_: object) -> None:
             late.cancel()
             error, seconds = call.exception(), time.monotonic() - started
-            if error is None and seconds > lease / LATE:
-                self._emit("keepalive.late", seconds=round(seconds, 6))
-            on_reply(seconds if error is None else error)
+            on_reply(seconds if error is None else error)  # First: whoever is told of events may be slow.
             self.machine.keepalive_reply_times = tuple(self._keepalive.reply_times)
             self.machine.next_keepalive = self._keepalive.next_keepalive
-            if error is None:
-                self.machine.keepalive_error = ""
-            else:
+            if error is not None:
                 self._unkept(error)
+                return
+            self.machine.keepalive_error = ""
+            if seconds > lease / LATE:
+                self._emit("keepalive.late", seconds=round(seconds, 6))
+            dead = call.result() == 0.0
+            if dead and self._dead:
+                self._ask_how()
+            self._dead = dead
 
         call.add_done_callback(done)
         codec = self._network.codec
@@ -301,6 +306,21 @@ class Owned:
             late.cancel()
             self._unkept(error)
             raise
+
+    def _ask_how(self) -> None:
+        """The services died a keepalive ago, and what the machine says of it is still behind its output, which nobody reads."""
+        call: Call[Any] = Call()
+
+        def done(_: object) -> None:
+            if call.exception() is None and call.result() is not None:
+                self._died(call.result())
+
+        call.add_done_callback(done)
+        encoded = self._network.codec.encode_call("Supervisor.obituary", (), {})
+        try:
+            self.machine.supervisor.submit(call, "Supervisor.obituary", encoded, GIVE_UP)
+        except BigmachineError:
+            pass  # The next keepalive fails of it, too, or says it again.
 
     def _unkept(self, error: BaseException) -> None:
         """A keepalive has failed. The system may know what it would take a lease to find out."""
@@ -381,7 +401,10 @@ class Owned:
         """The machine's services have: its supervisor says so among the rest of what it says, or was asked by a call."""
         error = MachineStopped(self.machine.addr, text, sent=True)
         name = f"bigmachine-lost-{self.machine.id}"
-        threading.Thread(target=self.lost, args=(error,), name=name, daemon=True).start()
+        try:
+            threading.Thread(target=self.lost, args=(error,), name=name, daemon=True).start()
+        except RuntimeError:
+            self.begin_end(error)  # The program ends, and the session with it, which does the rest.
 
     def lost(self, error: BaseException) -> None:
         """The machine is gone, or of no use: calls fail at once; then whatever is left of it is ended."""

@@ -84,8 +84,13 @@ def open_session(
     settings = load(Settings, SECTION, {name: value for name, value in options.items() if name in own})
     launcher = make_launcher(system, {name: options[name] for name in options.keys() - own}, required - own)
     logs = Logs(directory=Path(settings.logdir) if settings.logdir else None)  # Before anything has begun: it may raise.
-    if ships := tuple(getattr(launcher, "ships", ())):
-        program = packed_file(program, ships)
+    try:
+        if ships := tuple(getattr(launcher, "ships", ())):
+            program = packed_file(program, ships)
+    except BaseException:
+        logs.close()
+        launcher.close()
+        raise
     launcher.prepare()
     from .authority import Authority  # cryptography, 50 ms: while what `prepare` has begun goes on.
 

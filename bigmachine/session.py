@@ -39,6 +39,7 @@ class Session:
         self._owned: list[Owned] = []
         self._dialled: dict[str, Machine] = {}
         self._closed = False
+        self._interrupted = False  # Who was to end the session was not let.
         self._process = os.getpid()
         self._at_failure: list[Callable[[BaseException], object]] = []
         self._at_end: list[Callable[[], object]] = []
@@ -207,22 +208,15 @@ class Session:
         if os.getpid() != self._process:
             return
         with self._lock:
-            first, self._closed = not self._closed, True
+            first, self._closed = not self._closed or self._interrupted, True
+            self._interrupted = False
             owned = list(self._owned)
             dialled = list(self._dialled.values())
-        for each in owned:
-            each.begin_end(None)  # First all, as it does not wait; `end` does.
-        enders = []
-        for each in owned:
-            ender = threading.Thread(target=each.end, args=(True,), name="bigmachine-end")
-            try:
-                ender.start()
-            except RuntimeError:
-                each.end(True)  # From Python 3.12 on, `atexit` is too late for threads.
-            else:
-                enders.append(ender)
-        for ender in enders:
-            ender.join()
+        try:
+            _end_all(owned)
+        except BaseException:  # Ctrl-C: whoever comes again, at the program's exit at the latest, does the rest.
+            self._interrupted |= first
+            raise
         for machine in dialled:
             machine.stopped(None)
             machine.disconnect()
@@ -259,6 +253,23 @@ class Session:
                 self.fail(error)
         finally:
             self.shutdown()
+
+
+def _end_all(owned: Sequence[Owned]) -> None:
+    """End machines, all at the same time; returns when they are gone."""
+    for each in owned:
+        each.begin_end(None)  # First all, as it does not wait; `end` does.
+    enders = []
+    for each in owned:
+        ender = threading.Thread(target=each.end, args=(True,), name="bigmachine-end")
+        try:
+            ender.start()
+        except RuntimeError:
+            each.end(True)  # From Python 3.12 on, `atexit` is too late for threads.
+        else:
+            enders.append(ender)
+    for ender in enders:
+        ender.join()
 
 
 def is_failure(error: BaseException) -> bool:

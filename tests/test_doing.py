@@ -193,7 +193,8 @@ def test_asking_leaves_no_garbage() -> None:
             gc.set_debug(gc.DEBUG_SAVEALL)
             shows(machine, "Idle.wait")
             gc.collect()
-            assert not [each for each in gc.garbage if isinstance(each, FrameType)]
+            frames = [each.f_code.co_filename for each in gc.garbage if isinstance(each, FrameType)]
+            assert not [file for file in frames if "profiling" in file]  # Others may have ended just then.
         finally:
             gc.set_debug(0)
             gc.garbage.clear()

@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,15 @@ def test_subscribers_see_every_event_in_order_from_then_on() -> None:
     events.emit("after")
     assert seen == [("first", "m-1"), ("second", "m-2")]
     assert [event.kind for event in events.since(0)] == ["before", "first", "second", "after"]
+
+
+def test_a_subscriber_that_leaves_hides_nothing_from_the_next() -> None:
+    events, seen = Events(), []
+    end = events.subscribe(lambda event: end())
+    events.subscribe(lambda event: seen.append(event.kind))
+    events.emit("first")
+    events.emit("second")
+    assert seen == ["first", "second"]
 
 
 def test_threads_emit_at_the_same_time() -> None:
@@ -427,10 +437,32 @@ def test_a_keepalive_that_fails(lively: tuple[Session, Any, Awaited]) -> None:
     text = first_line(error)
     until(lambda: len(of_kind(b, "keepalive.failed")) == 2)
     assert [event.fields for event in of_kind(b, "keepalive.late", "keepalive.failed")] == [{"error": text}] * 2
+    assert owned.machine.keepalive_error == text
+    awaited.refuse = None
+    owned._renew(3600.0, replies.append)
+    awaited.calls[1].complete(lambda: None)
+    until(lambda: owned.machine.keepalive_error == "")
 
 
 def _raise(error: Exception) -> None:
     raise error
+
+
+def test_services_that_died_unheard(lively: tuple[Session, Any, Awaited], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the machine says of it may be behind output that nobody reads: two keepalives that say so are enough."""
+    b, owned, awaited = lively
+    (there,) = b.fleet.launcher._machines.values()
+    monkeypatch.setattr(there.workers, "_obituary", "service process 0 (pid 1) was killed by SIGSEGV")
+    replies: list[Any] = []
+    for _ in range(2):
+        assert owned.machine.state is State.RUNNING
+        answered = len(replies)
+        owned._renew(3600.0, replies.append)
+        granted = owned.machine.supervisor.call("Supervisor.keepalive", (3600.0,), {}, SOON)
+        awaited.calls[-1].complete(partial(float, granted))
+        until(partial(lambda count: len(replies) > count, answered))
+    owned.machine.wait(State.STOPPED, SOON)
+    assert "was killed by SIGSEGV" in str(owned.machine.error)
 
 
 # -- Calls that fail ---------------------------------------------------------------------------------------------------
@@ -472,6 +504,7 @@ class Unsendable:
 @pytest.mark.parametrize("way", WAYS)
 def test_a_call_that_fails_is_one_event(b: Session, way: str) -> None:
     (machine,) = running(b)
+    machine.call("T.echo", 1)  # Connected: a timeout is of the call then.
     with pytest.raises(
         (ValueError, KeyError, TypeError, UnknownMethod, BadArguments, NotPicklable, CallTimeout)
     ) as raised:

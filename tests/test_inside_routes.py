@@ -439,6 +439,29 @@ def test_a_client_that_goes_away_is_not_waited_for(own: Place, held: list[thread
     assert held[0].wait(SOON)
 
 
+def test_who_comes_and_goes_does_not_begin_ever_more(own: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was begun for a client that has gone away goes on for a while, and counts."""
+    goners: list[threading.Event] = []
+    released = threading.Event()
+
+    def take(session: Any, kind: str, seconds: object, gc: bool, machine: object, gone: threading.Event) -> profiles.Taken:
+        goners.append(gone)
+        assert released.wait(SOON)
+        raise UsageError("it is over")
+
+    monkeypatch.setattr(routes, "MAX_PROFILES", 1)
+    monkeypatch.setattr(routes, "take", take)
+    with socket.create_connection(("127.0.0.1", own.served.port), SOON) as sock:
+        sock.sendall(f"GET {PATH}/pprof/profile HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        eventually(lambda: goners, "the profile's beginning")
+    try:
+        assert goners[0].wait(SOON)
+        assert own.get("pprof/profile").status == 503
+    finally:
+        released.set()
+    eventually(lambda: own.get("pprof/profile").line == "it is over", "room for another")
+
+
 def test_only_so_many_at_once(own: Place, held: list[threading.Event]) -> None:
     got: list[Answer] = []
     askers = [threading.Thread(target=lambda: got.append(own.get("pprof/profile"))) for _ in range(routes.MAX_PROFILES)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import logging
@@ -140,6 +141,19 @@ def test_who_lets_others_in_is_told_so(session: Session, capsys: pytest.CaptureF
     assert debug is not None
     debug.close()
     assert "anybody who can reach" in capsys.readouterr().err
+
+
+def test_no_host_is_all_addresses(session: Session) -> None:
+    debug = server.start(session, ":0")
+    assert debug is not None
+    with contextlib.closing(debug):
+        assert debug.sockets[0].getsockname()[0] == "0.0.0.0"
+
+
+@pytest.mark.parametrize("host", ["a" * 64, "."], ids=["a label that is too long", "no label"])
+def test_a_host_that_cannot_be_a_name(session: Session, host: str) -> None:
+    with pytest.raises(UsageError, match="cannot listen at"):
+        server.start(session, f"{host}:0")
 
 
 def test_an_address_of_somebody_else(session: Session) -> None:

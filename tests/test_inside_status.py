@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -199,6 +201,8 @@ def test_a_late_keepalive(session: Session, hurried: None) -> None:
         machine.keepalive_reply_times, machine.next_keepalive = replies, time.monotonic() + due
         found = machine_of(watching.snapshot(fresh=True).value, machine)["keepalive"]
         assert (found["late"], found["replies"]) == (late, list(replies))
+    machine.keepalive_error = "no reply within 30 s"  # And the next attempt is soon.
+    assert machine_of(watching.snapshot(fresh=True).value, machine)["keepalive"]["late"] is True
 
 
 def test_what_errors_say() -> None:
@@ -354,6 +358,33 @@ def test_a_bug_of_ours_is_said_and_not_for_ever(
     assert "unexpected error in the status of the session" in capsys.readouterr().err
     monkeypatch.setattr(monitor, "document", document)
     assert watching.snapshot().value["session"]["name"] == session.name
+
+
+def test_who_looks_while_the_interpreter_ends() -> None:
+    """When Python has ended its pools of threads, and the machines are still being ended: it is no bug of ours."""
+    ran = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True, timeout=60.0)
+    assert (ran.stdout, ran.stderr) == ("1\nRUNNING 1\n", "")
+
+
+ENDING = """
+import atexit
+import bigmachine
+from bigmachine.inside.monitor import Monitor
+from bigmachine.testing import TestSystem
+from bigmachine.testing.services import Probe
+
+b = bigmachine.start(TestSystem())
+(machine,) = b.start(1, {"Probe": Probe()})
+machine.wait()
+watching = Monitor(b)
+print(len(watching.snapshot().value["machines"][0]["history"]["memory"]))
+
+def look():
+    document = watching.snapshot(fresh=True).value
+    print(document["machines"][0]["state"], len(document["machines"]))
+
+atexit.register(look)
+"""
 
 
 def test_a_session_that_has_ended() -> None:

@@ -33,6 +33,29 @@ def test_the_end_goes_backwards_and_once() -> None:
     assert ended == ["second, STOPPED", "first, STOPPED"]
 
 
+def test_an_end_that_is_interrupted_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while machines end: at the program's exit the session is shut down once more."""
+    ended: list[str] = []
+
+    def interrupted(owned: object) -> None:
+        raise KeyboardInterrupt
+
+    b = bigmachine.start(TestSystem())
+    (machine,) = b.start(1, {"Echo": Echo()})
+    machine.wait()
+    b.at_end(lambda: ended.append(str(machine.state)))
+    with monkeypatch.context() as patch:
+        patch.setattr("bigmachine.session._end_all", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            b.shutdown()
+    assert not ended
+    b.shutdown()
+    assert ended == ["STOPPED"]
+    assert b.events.last(1)[0].kind == "session.ended"
+    b.shutdown()
+    assert len(ended) == 1
+
+
 def test_what_fails_at_the_end_does_not_keep_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
     ended: list[str] = []
     with bigmachine.start(TestSystem()) as b:
@@ -154,6 +177,18 @@ b.at_failure(lambda error: print("failed:", type(error).__name__, len(b.machines
 print(machine.call("Echo.echo", "hello"), flush=True)
 ENDING
 """
+
+
+@pytest.mark.slow
+def test_a_mistake_at_a_prompt_is_not_why_the_program_ends() -> None:
+    """`sys.last_value` stays there, whatever the user has done since."""
+    code = "import bigmachine; b = bigmachine.start('test'); b.at_failure(print)"
+    command = [sys.executable, "-i", "-c", code]
+    ran = subprocess.run(
+        command, input="1 / 0\nb.at_end(lambda: print('ended', b.failed))\n", capture_output=True, text=True, timeout=60
+    )
+    assert ran.stdout.splitlines() == ["ended None"], ran.stderr
+    assert "ZeroDivisionError" in ran.stderr
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -193,3 +193,28 @@ def test_a_machine_looks_and_tells_its_driver(tmp_path: Path, monkeypatch: pytes
         assert machine.unhealthy.startswith("97.0 % of the memory of its host")
         percent = 50.0
         eventually(lambda: not machine.unhealthy, "that it is well again")
+
+
+def test_a_look_that_fails_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no memory to look with: the lease must be looked at all the same, or nobody would end the machine."""
+    planned: list[Callable[[], None]] = []
+
+    class Planner:
+        def call_later(self, delay: float, callback: Callable[[], None]) -> None:
+            planned.append(callback)
+
+    def read() -> list[Reading]:
+        raise MemoryError
+
+    system = TestSystem()
+    with bigmachine.start(system) as b:
+        (machine,) = b.start(1, {"Probe": Probe()})
+        machine.wait()
+        supervisor = system._of(machine).supervisor
+        with monkeypatch.context() as patch:
+            patch.setattr(supervisor, "_reactor", Planner())
+            patch.setattr(supervisor._meter, "read", read)
+            with pytest.raises(MemoryError):
+                supervisor._check()
+        assert planned == [supervisor._check]
+        supervisor._check()

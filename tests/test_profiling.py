@@ -244,10 +244,12 @@ def tracing(monkeypatch: pytest.MonkeyPatch) -> Iterator[heap.Tracing]:
     tracing.stop()
 
 
-def test_heap_says_who_allocated(tracing: heap.Tracing) -> None:
+@pytest.mark.slow
+def test_heap_says_who_allocated(tracing: heap.Tracing, monkeypatch: pytest.MonkeyPatch) -> None:
     def hoard() -> list[bytes]:
         return [bytes(10_000) for _ in range(100)]
 
+    monkeypatch.setattr(objects, "SECONDS", 60.0)
     first = heap.take(False)
     kept = hoard()
     second = heap.take(False)
@@ -321,6 +323,7 @@ HERE = f"[objects] {__name__}."
 @pytest.fixture
 def enough_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objects, "SECONDS", 60.0)
+    monkeypatch.setattr(objects, "MAX_TYPES", 100_000)  # pytest has many.
 
 
 @pytest.mark.usefixtures("enough_time")

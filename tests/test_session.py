@@ -249,6 +249,25 @@ def test_a_machine_whose_services_cannot_be_stopped_ends() -> None:
         cluster.session.shutdown()
 
 
+def test_a_machine_that_dies_while_the_interpreter_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From Python 3.12 on there are no new threads then: calls fail all the same, and what it says is still read."""
+
+    class Threads:
+        def Thread(self, **_: Any) -> None:
+            raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    cluster = start(TestSystem(), 1)
+    (owned,) = cluster.session._owned
+    owned.machine.wait(State.RUNNING, SOON)
+    with monkeypatch.context() as patch:
+        patch.setattr("bigmachine.fleet.threading", Threads())
+        owned._died("service process 0 was killed by signal SIGSEGV")
+    assert owned.machine.state is State.STOPPED
+    with pytest.raises(MachineStopped, match="SIGSEGV"):
+        owned.machine.call("Probe.echo", 1)
+    cluster.session.shutdown()
+
+
 def test_a_session_that_ends_during_a_launch_stops_what_was_launched() -> None:
     """`stop` before the launcher knows the machine would be without effect, and the machine would live."""
     reached, released = threading.Event(), threading.Event()

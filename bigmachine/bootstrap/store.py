@@ -130,7 +130,11 @@ class Store:
                     shutil.rmtree(path, ignore_errors=True)
 
     def close(self) -> None:
-        shutil.rmtree(self.work, ignore_errors=True)
+        for _ in range(50):  # Threads that were told to end may still be writing into it.
+            shutil.rmtree(self.work, ignore_errors=True)
+            if not os.path.exists(self.work):
+                break
+            time.sleep(0.02)
         with contextlib.suppress(OSError):  # It may be closed already.
             os.close(self.lock)
 

@@ -2,13 +2,15 @@
 
 Rule 1. A report is written while the machines are still there: what they do, and what fills them, is in it.
 Rule 2. It takes `evidence.WITHIN` seconds at most: who does not answer is missing, and the report says so.
-Rule 3. It is meant to be given away: no environment, no arguments, no values of variables, and `redact` goes over all texts.
+Rule 3. It is meant to be given away: no environment, no arguments, nothing of variables but what
+`bigmachine.vars` publishes, and `redact` goes over all texts.
 Rule 4. A file is there whole or not at all, and readable by the user alone.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from pathlib import Path
 from typing import BinaryIO
@@ -24,8 +26,8 @@ def write(session: Cluster, file: BinaryIO | Path, why: str = "") -> list[str]:
 
     if not isinstance(file, Path):
         return pack(gather(session, why), file)
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    part = file.with_name(f".{file.name}.{secrets.token_hex(4)}")  # Not one that somebody else has made for us.
+    fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with open(fd, "wb") as out:
             names = pack(gather(session, why), out)

@@ -162,7 +162,7 @@ class Monitor:
                 self._lock.wait_for(lambda: self._hurry or self._closed is not None, max(0.0, due - time.monotonic()))
                 unwatched = time.monotonic() - self._looked > LINGER
                 if self._closed is not None or (unwatched and not self._hurry) or self._session() is None:
-                    self._thread = None
+                    self._end()
                     break
                 self._hurry = False
                 self._begun += 1
@@ -172,10 +172,14 @@ class Monitor:
             except Exception:  # Who looks next begins anew.
                 report_bug("the status of the session")
                 with self._lock:
-                    self._thread = None
+                    self._end()
                     self._lock.notify_all()
                 break
+
+    def _end(self) -> None:
+        """With the lock held: the next thread has an asker that rests."""
         self._asker.rest()
+        self._thread = None
 
     def _make(self, ask: bool) -> Snapshot:
         session = self._session()
@@ -273,8 +277,7 @@ class _Asker:
         self._open.clear()
 
     def _questions(self, machine: Machine, now: float) -> Iterator[_Question]:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(ASKERS, "bigmachine-status")
+        pool = self._pool = self._pool or ThreadPoolExecutor(ASKERS, "bigmachine-status")
         questions = self._open.setdefault(machine.id, {})
         for process, client in machine.processes:
             for method in (VITALS,) if process == SUPERVISOR else (STATS, DOING):
@@ -283,8 +286,13 @@ class _Asker:
                     continue
                 if before is not None:
                     before.call.cancel()
-                question = questions[process, method] = _Question(Call(), now)
-                self._pool.submit(_ask, client, method, question.call)
+                question = _Question(Call(), now)
+                try:
+                    pool.submit(_ask, client, method, question.call)
+                except RuntimeError:  # The interpreter, or the session, is ending: what was said last stands.
+                    questions.pop((process, method), None)
+                    return
+                questions[process, method] = question
                 yield question
 
     def _read(self, machine: Machine, now: float) -> None:

@@ -1,7 +1,7 @@
 """Taking secrets out of texts that are about to be given to somebody else.
 
 Nothing in here can know what is a secret; this is the last of several precautions, the first being that reports have no
-environment, no arguments and no values of variables in them. What is taken out, wherever it stands:
+environment, no arguments and nothing of variables but what `bigmachine.vars` publishes. What is taken out, wherever it stands:
 
 1. PEM blocks (keys, certificates), in one line or over many, with something in front of each line, begun or ended elsewhere;
 2. keys of AWS, tokens of well-known forms, and whatever looks as random as these: forty characters or more;
@@ -62,6 +62,12 @@ _PATTERNS: Sequence[tuple[Sequence[str], re.Pattern[str], str]] = tuple(
         (["pass", "pwd", "secret", "key", "credential"], rf"((?:{_SECRET}){_IS}){_VALUE}", _AGAIN),
         (["_key"], rf"(\b(?-i:[A-Z0-9_]+_KEY)[ \t]*=[ \t]*){_VALUE}", _AGAIN),  # Not in lower case: too much is a key.
         (["token"], rf"(token{_IS})(?!\d+(?:\.\d+)?\b){_VALUE}", _AGAIN),  # Programs count tokens, too.
+        # Options of command lines, in a shell's way and as lists in Python and JSON.
+        (
+            ["pass", "pwd", "secret", "key", "credential", "token"],
+            rf"""((?<![\w-])--[\w-]{{0,60}}(?:{_SECRET}|token)(?:["'],)?[ \t]+)(?!-){_VALUE}""",
+            _AGAIN,
+        ),
         (["://"], r"(://[^\s/:@]{0,200}:)[^\s/@]{1,500}(?=@)", _AGAIN),
         (["x-amz-"], r"(X-Amz-(?:Signature|Credential|Security-Token)=)[^&\s\"']+", _AGAIN),
         (["akia", "asia", "abia", "acca"], r"\b(?-i:AKIA|ASIA|ABIA|ACCA)[A-Z0-9]{16}\b", REDACTED),

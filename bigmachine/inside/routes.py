@@ -26,6 +26,7 @@ Errors are one line of text that says what to do. A machine is named by its id o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import importlib.resources
 import io
@@ -306,14 +307,22 @@ class Debug:
 
     async def _limited(self, request: Request, act: Callable[[], T], gone: threading.Event | None = None) -> T:
         """What `act` returns, on a thread; there are at most `MAX_PROFILES`. `gone` is set when nobody waits for it any more:
-        the client has gone away, or the session has ended."""
+        the client has gone away, or the session has ended. The thread counts until it has ended, whoever waits."""
         cancelled = asyncio.Event()
         loop = asyncio.get_running_loop()
 
         def cancel() -> None:
             if gone is not None:
                 gone.set()
-            loop.call_soon_threadsafe(cancelled.set)
+            with contextlib.suppress(RuntimeError):  # The program's own loop has ended in the midst of it.
+                loop.call_soon_threadsafe(cancelled.set)
+
+        def acted() -> T:
+            try:
+                return act()
+            finally:
+                with self._lock:
+                    self._under_way.discard(cancel)
 
         with self._lock:
             if self._ending:
@@ -323,15 +332,16 @@ class Debug:
                     503, f"{MAX_PROFILES} others are being answered, each by all machines: try again when one has ended"
                 )
             self._under_way.add(cancel)
-        waits = [asyncio.ensure_future(each) for each in (off_loop(act), _departure(request), cancelled.wait())]
+        waits = [asyncio.ensure_future(each) for each in (off_loop(acted), _departure(request), cancelled.wait())]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             if waits[0].done():
                 return waits[0].result()  # type: ignore[return-value]
             raise Refusal(503, "the session has ended: there is nobody to ask any more")
         finally:
-            with self._lock:
-                self._under_way.discard(cancel)
+            if waits[0].done():  # Also where there can be no thread.
+                with self._lock:
+                    self._under_way.discard(cancel)
             if gone is not None:
                 gone.set()
             for wait in waits:

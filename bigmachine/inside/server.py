@@ -91,8 +91,9 @@ def listen(place: Place) -> list[socket.socket]:
     one of them would leave it to chance who answers. Raises `UsageError`."""
     try:
         addresses = _addresses(place.host)
-    except OSError as error:
-        raise UsageError(f"cannot listen at {place.host!r} for the debug page: {error.strerror or error}") from None
+    except (OSError, UnicodeError) as error:  # A label that is too long for a name is the latter.
+        why = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot listen at {place.host[:100]!r} for the debug page: {why}") from None
     for port in range(place.port, min(place.port + FURTHER, 65535) + 1):
         try:
             return _bound(addresses, port)
@@ -108,7 +109,7 @@ def listen(place: Place) -> list[socket.socket]:
 def _addresses(host: str) -> list[tuple[socket.AddressFamily, str]]:
     if host == "localhost":
         return [(socket.AF_INET, LOOPBACK[0]), *([(socket.AF_INET6, LOOPBACK[1])] if _has_ipv6() else [])]
-    found = socket.getaddrinfo(host or None, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    found = socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     addresses = {(family, str(address[0])): None for family, _, _, _, address in found}
     return [each for each in addresses if each[0] == socket.AF_INET or _has_ipv6()]
 

@@ -225,8 +225,8 @@ def _keepalive(machine: Machine, lease: float, instant: float) -> dict[str, Any]
     due = machine.next_keepalive
     if due is None or machine.state is State.STOPPED:
         return {"next": None, "replies": replies, "late": False}
-    overdue = instant - due > lease * LATE or bool(machine.keepalive_error)  # The next attempt is soon then, its reply is not.
-    late = overdue or (bool(replies) and replies[-1] > lease * LATE)
+    failed = bool(machine.keepalive_error)  # Then another attempt is due soon, which says nothing.
+    late = failed or instant - due > lease * LATE or (bool(replies) and replies[-1] > lease * LATE)
     return {"next": due - instant, "replies": replies, "late": late}
 
 

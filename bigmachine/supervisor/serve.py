@@ -26,7 +26,7 @@ FIRST_CONTACT = 60.0
 
 LINGER = 5.0
 """Seconds for which a machine whose services died waits to be asked why, and to be shut down, where no driver is connected. One
-that is may be held up by output that nobody reads, the last words among it; the lease is its limit then, as before."""
+that is may be held up by output that nobody reads, the last words among it: then it learns from its keepalives."""
 
 OBITUARY = 0.3
 """Seconds for which a machine whose services died, and which was shut down for it, can still be asked why: by other
@@ -87,6 +87,7 @@ class Supervisor:
         """Look at the lease, at the services, and at the memory, every second, for the rest of the machine's life."""
         if self._ending:
             return
+        self._reactor.call_later(1.0, self._check)  # First: whatever goes wrong below, the lease counts.
         with self._lock:
             expired = self._watchdog.expired(time.monotonic())
         if expired is not None:
@@ -98,7 +99,6 @@ class Supervisor:
         said = self._pressure.look(time.monotonic(), self._meter.read())
         if said is not None:
             self._workers.tell(said)
-        self._reactor.call_later(1.0, self._check)
 
     def end(self, reason: str, grace: float, *, orphan: bool = False) -> None:
         """End the services' processes; then the machine. Returns when the processes are gone. Later calls wait for that."""

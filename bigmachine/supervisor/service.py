@@ -87,9 +87,10 @@ class SupervisorService:
         return self._workers.install(blob, bool(self._parallel), timeout)
 
     def keepalive(self, lease: float) -> float:
-        """End yourself unless called again within `lease` seconds. Returns the lease that was granted."""
+        """End yourself unless called again within `lease` seconds. Returns the lease that was granted; 0 where the services
+        have died, which the driver may not have read yet, behind output for which there is no room."""
         self._renew(lease)
-        return lease
+        return lease if self._workers.obituary() is None else 0.0
 
     def events(self) -> Iterator[Event]:
         """Output, logs and deaths as they come; ends when the machine has been shut down and all is said."""

@@ -188,8 +188,12 @@ class Page {
 
   /** What the address says: ``#logs``, ``#machines/m-7f3a9c``. */
   route() {
-    const [name, id] = decodeURIComponent(location.hash.slice(1)).split("/");
-    const view = name in this.views ? name : "machines";
+    let hash = location.hash.slice(1);
+    try {
+      hash = decodeURIComponent(hash);
+    } catch {} // Typed by hand: it means nothing, and leads to the machines.
+    const [name, id] = hash.split("/");
+    const view = Object.hasOwn(this.views, name) ? name : "machines";
     if (view !== this.view) {
       if (this.view) this.views[this.view].hidden?.();
       this.view = view;

@@ -110,7 +110,10 @@ class Prices:
             if now - self._asked.get(kind, -math.inf) < FRESH:
                 return known
             self._asked[kind] = now
-        threading.Thread(target=self._look, args=(kind,), name="bigmachine-price", daemon=True).start()
+        try:
+            threading.Thread(target=self._look, args=(kind,), name="bigmachine-price", daemon=True).start()
+        except RuntimeError:
+            pass  # The interpreter ends: what was known by then stands.
         return known
 
     def _look(self, kind: tuple[str, str, str]) -> None:
