@@ -120,6 +120,11 @@ def test_the_next_port_that_is_free(session: Session, capsys: pytest.CaptureFixt
     assert capsys.readouterr().err.count("status at") == 3
 
 
+def test_answers_do_not_wait_for_acknowledgements(served: DebugServer) -> None:
+    """asyncio turns that off for connections of which it sees that they are of TCP: they have it from who listens."""
+    assert {sock.proto for sock in served.sockets} == {socket.IPPROTO_TCP}
+
+
 def test_both_addresses_of_localhost(served: DebugServer) -> None:
     addresses = {sock.getsockname()[0] for sock in served.sockets}
     try:

@@ -130,7 +130,8 @@ def _bound(addresses: Sequence[tuple[socket.AddressFamily, str]], port: int) -> 
     sockets: list[socket.socket] = []
     try:
         for family, address in addresses:
-            sock = socket.socket(family)
+            # Named, else asyncio does not see that connections are of TCP, and each answer waits 40 ms for an acknowledgement.
+            sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
             sockets.append(sock)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # What a driver just before has left lingers.
             if family == socket.AF_INET6:
