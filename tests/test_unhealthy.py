@@ -243,9 +243,13 @@ def test_the_error_of_a_kill_says_where_to_look() -> None:
         with pytest.raises(MachineStopped) as caught:
             machine.call("Hoard.keep", 1)
         assert f"{KILLED}; what was saved when its memory ran short is in {machine.saved}" in str(caught.value)
-        states = [event for event in cluster.session.events.since(0) if event.kind == "machine.state"]
-        assert "for lack of memory" in states[-1].fields["error"]
-        assert machine.saved in states[-1].fields["error"]
+
+        def last() -> Any:
+            return [event for event in cluster.session.events.since(0) if event.kind == "machine.state"][-1].fields
+
+        eventually(lambda: last()["state"] == "STOPPED", "the event, which comes after the state")
+        assert "for lack of memory" in last()["error"]
+        assert machine.saved in last()["error"]
 
 
 # -- A kernel that kills -------------------------------------------------------------------------------------------------

@@ -145,8 +145,8 @@ class Captures:
         said = f": {', '.join(largest)}" if largest else ""
         if problems:
             said += f" (missing: {'; '.join(problem.splitlines()[0] for problem in problems)})"
-        self._session.captures.append({"machine": machine.id, "time": began, "reason": reason, "files": files})
         self._session.events.emit("capture.saved", machine.id, files=files, reason=reason)
+        self._session.captures.append({"machine": machine.id, "time": began, "reason": reason, "files": files})
         self._session.say(f"what fills machine {machine.addr} is saved in {folder}{said}")
 
     def _make_folder(self, machine: Machine, now: float) -> Path:
