@@ -87,7 +87,7 @@ def open_session(
     try:
         if ships := tuple(getattr(launcher, "ships", ())):
             program = packed_file(program, ships)
-    except BaseException:
+    except BaseException:  # Whatever it is, Ctrl-C, too: there will be no session to close them.
         logs.close()
         launcher.close()
         raise
@@ -101,7 +101,7 @@ def open_session(
     session = Session(network, fleet=Fleet(launcher, authority, program, network, name=name, logs=logs))
     try:
         look_inside(session, settings)
-    except BaseException:
+    except BaseException:  # Nobody else has it.
         session.shutdown()
         raise
     return session

@@ -45,7 +45,7 @@ def keep(
         target = _new(name) if path is None else path
         os.replace(temporary, target)
         return target
-    except BaseException:
+    except BaseException:  # Ctrl-C, too: no half of a file is left.
         os.unlink(temporary)
         raise
 

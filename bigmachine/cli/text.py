@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from ..inside.text import clock
+
 UNITS = ("KiB", "MiB", "GiB", "TiB")
 
 
@@ -36,14 +38,7 @@ def table(rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset(), in
 
 def short(seconds: float) -> str:
     """A time that has passed, in six characters: ``42s``, ``3m05s``, ``2h10m``, ``4d03h``."""
-    whole = max(0, int(seconds))
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02}s"
-    if whole < 86400:
-        return f"{whole // 3600}h{whole % 3600 // 60:02}m"
-    return f"{whole // 86400}d{whole % 86400 // 3600:02}h"
+    return clock(max(0, int(seconds)))
 
 
 def latency(seconds: float) -> str:

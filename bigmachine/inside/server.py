@@ -141,7 +141,7 @@ def _bound(addresses: Sequence[tuple[socket.AddressFamily, str]], port: int) -> 
         for sock in sockets:
             sock.listen(BACKLOG)
             sock.setblocking(False)
-    except BaseException:
+    except BaseException:  # Ctrl-C, too: no port stays taken.
         for sock in sockets:
             sock.close()
         raise

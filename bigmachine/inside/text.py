@@ -164,7 +164,11 @@ def duration(seconds: float | None) -> str:
         return f"{seconds * 1e3:.3g}ms"
     if seconds < 10:
         return f"{seconds:.1f}s"
-    whole = round(seconds)
+    return clock(round(seconds))
+
+
+def clock(whole: int) -> str:
+    """Whole seconds: ``"42s"``, ``"3m05s"``, ``"2h10m"``, ``"4d03h"``."""
     if whole < 60:
         return f"{whole}s"
     if whole < 3600:
